@@ -1,0 +1,145 @@
+// What every family needs between torch's stable ABI and raw kernels: checks, allocation, rows.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "../../kernels/common/strided_rows.h"
+
+namespace pyperf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Last line of defence for memory safety; users meet the Python checks first. (STD_TORCH_CHECK would print a source path.)
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Order of the dimensions in memory, outermost first. A dense tensor keeps its own, anything else gets the logical one.
+inline std::vector<int64_t> physical_layout(const Tensor& x) {
+  std::vector<int64_t> layout(x.dim());
+  std::iota(layout.begin(), layout.end(), int64_t(0));
+  if (x.is_contiguous()) return layout;
+  std::stable_sort(layout.begin(), layout.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  int64_t expected = 1;
+  for (auto d = layout.rbegin(); d != layout.rend(); ++d) {
+    if (x.size(*d) == 1) continue;
+    if (x.stride(*d) != expected) {
+      std::iota(layout.begin(), layout.end(), int64_t(0));
+      return layout;
+    }
+    expected *= x.size(*d);
+  }
+  return layout;
+}
+
+// An uninitialised tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& layout,
+                    ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(sizes),
+                                    from(layout),
+                                    from(std::optional<ScalarType>(dtype)),
+                                    from(std::optional<torch::headeronly::Layout>()),
+                                    from(std::optional<torch::stable::Device>(like.device())),
+                                    from(std::optional<bool>())};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_permuted", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The rows along `dim` of tensors that agree in all other sizes. Neighbouring dimensions are merged where they can be;
+// what does not fit kMaxRowDims afterwards is reported as `fits == false`, and the caller copies.
+template <int N>
+struct RowsAlong {
+  StridedRows<N> rows{};
+  int64_t lanes = 1;
+  std::array<int64_t, N> stride{};  // along dim
+  bool fits = true;
+
+  RowsAlong(const std::array<const Tensor*, N>& operands, int64_t dim) {
+    struct Dim {
+      int64_t size;
+      std::array<int64_t, N> stride;
+    };
+    std::vector<Dim> dims;
+    const Tensor& shape = *operands[0];
+    for (int64_t d = 0; d < shape.dim(); ++d) {
+      if (d == dim || shape.size(d) == 1) continue;
+      Dim entry{shape.size(d), {}};
+      for (int n = 0; n < N; ++n) entry.stride[n] = operands[n]->stride(d);
+      dims.push_back(entry);
+    }
+    for (int n = 0; n < N; ++n) stride[n] = operands[n]->stride(dim);
+    // Walk memory in the order of the last operand, which is the one written.
+    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
+    std::vector<Dim> merged;
+    for (const Dim& d : dims) {
+      const bool joins = !merged.empty() && [&] {
+        for (int n = 0; n < N; ++n)
+          if (merged.back().stride[n] != d.stride[n] * d.size) return false;
+        return true;
+      }();
+      if (joins) {
+        merged.back().size *= d.size;
+        merged.back().stride = d.stride;
+      } else {
+        merged.push_back(d);
+      }
+    }
+    const auto dense = [](const std::array<int64_t, N>& s) {
+      return std::all_of(s.begin(), s.end(), [](int64_t v) { return v == 1; });
+    };
+    if (!merged.empty() && dense(merged.back().stride) && !dense(stride)) {
+      lanes = merged.back().size;
+      merged.pop_back();
+    }
+    rows.count = 1;
+    for (const Dim& d : merged) rows.count *= d.size;
+    fits = merged.size() <= size_t(kMaxRowDims);
+    if (!fits) return;
+    rows.dims = int(merged.size());
+    for (int d = 0; d < rows.dims; ++d) {
+      rows.size[d] = merged[d].size;
+      for (int n = 0; n < N; ++n) rows.stride[n][d] = merged[d].stride[n];
+    }
+  }
+};
+
+// The threads of torch, with scratch memory for each: parallel(count, grain, scratch_bytes, body(first, last, scratch)).
+struct TorchThreads {
+  template <class Body>
+  void operator()(int64_t count, int64_t grain, int64_t scratch_bytes, const Body& body) const {
+    const auto task = [&](int64_t first, int64_t last) {
+      const std::unique_ptr<Aligned[]> scratch(new Aligned[scratch_bytes / sizeof(Aligned) + 1]);
+      body(first, last, scratch[0].bytes);
+    };
+    if (count <= grain) {
+      if (count > 0) task(0, count);
+      return;
+    }
+    torch::stable::parallel_for(0, count, grain, task);
+  }
+
+ private:
+  struct alignas(64) Aligned {
+    char bytes[64];
+  };
+};
+
+}  // namespace pyperf

@@ -1,0 +1,68 @@
+// The family's schemas and its CPU backend.
+#include "sliding_window.h"
+
+#include <cstring>
+
+#include "../kernels/cpu/sliding_window_winners.h"
+#include "common/simd.h"
+
+namespace pyperf {
+using namespace sliding_window;
+}
+#define PYPERF_SIMD_BODY "sliding_window.h"  // the one in kernels/cpu
+#include "../kernels/cpu/simd_levels.h"
+
+namespace pyperf::sliding_window {
+namespace {
+
+struct Cpu {
+  template <class Key>
+  static void extrema(const Extrema<Key>& p, const Tensor&) {
+    with_simd_level([&](auto level) {
+      if constexpr (level.value == SimdLevel::baseline) baseline::extrema(p, TorchThreads());
+#if defined(__x86_64__)
+      if constexpr (level.value == SimdLevel::x86_64_v3) x86_64_v3::extrema(p, TorchThreads());
+      if constexpr (level.value == SimdLevel::x86_64_v4) x86_64_v4::extrema(p, TorchThreads());
+#endif
+    });
+  }
+  template <class T>
+  static void winner_sums(const WinnerSums<T>& p, const Tensor&) {
+    sliding_window::winner_sums(p, TorchThreads());
+  }
+  template <class Bits>
+  static void winner_gather(const WinnerGather<Bits>& p, const Tensor&) {
+    sliding_window::winner_gather(p, TorchThreads());
+  }
+  static void winner_index(const WinnerIndex& p, const Tensor&) { sliding_window::winner_index(p, TorchThreads()); }
+};
+
+}  // namespace
+}  // namespace pyperf::sliding_window
+
+// `last`: the last of equal elements wins. The forms without offsets take it for their derivatives.
+STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
+  m.def(
+      "sliding_window_extremum(Tensor x, int dim, SymInt window, SymInt stride, SymInt dilation, SymInt left, "
+      "SymInt out_length, str mode, bool minimum, bool ignore_nan, bool last) -> Tensor");
+  m.def(
+      "sliding_window_extremum_offsets(Tensor x, int dim, SymInt window, SymInt stride, SymInt dilation, SymInt left, "
+      "SymInt out_length, str mode, bool minimum, bool ignore_nan, bool last) -> (Tensor, Tensor)");
+  m.def(
+      "sliding_window_minmax(Tensor x, int dim, SymInt window, SymInt stride, SymInt dilation, SymInt left, "
+      "SymInt out_length, str mode, bool ignore_nan, bool last) -> (Tensor, Tensor)");
+  m.def(
+      "sliding_window_minmax_offsets(Tensor x, int dim, SymInt window, SymInt stride, SymInt dilation, SymInt left, "
+      "SymInt out_length, str mode, bool ignore_nan, bool last) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sliding_window_backward(Tensor grad_y, Tensor offsets, int dim, SymInt length, SymInt window, SymInt stride, "
+      "SymInt dilation, SymInt left, str mode) -> Tensor");
+  m.def(
+      "sliding_window_gather(Tensor values, Tensor offsets, int dim, SymInt window, SymInt stride, SymInt dilation, "
+      "SymInt left, str mode) -> Tensor");
+  m.def(
+      "sliding_window_index(Tensor offsets, int dim, SymInt length, SymInt window, SymInt stride, SymInt dilation, "
+      "SymInt left, str mode) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyperf_dl, CPU, m) { PYPERF_IMPLEMENT_SLIDING_WINDOW(m, pyperf::sliding_window::Cpu); }

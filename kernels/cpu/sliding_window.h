@@ -1,0 +1,462 @@
+// Extrema of sliding windows on a CPU. Stamped once for each SIMD level (simd_levels.h), hence no includes in here;
+// prelude: <algorithm>, <cstdint>, <cstring>, <type_traits>, ../math/sliding_window.h.
+//
+// Elements are ordered keys, or keys packed with a position where offsets are asked for; either way one maximum decides.
+//   span <= 4 vectors   doubling: maxima of 2, 4, 8, ... neighbours, then two overlapping powers of two
+//   above               van Herk-Gil-Werman over vectors whose lanes are independent: a vector holds the maxima of the
+//                       kLanes-wide windows at its positions, and overlap is free because a maximum is idempotent
+//   huge windows        the same with blocks of kBlock vectors; what lies between the first and the last block of a
+//                       window comes from the maxima of whole blocks
+// Nothing here branches on the data.
+
+// One machine vector, as the compiler's own vector type; 128-bit elements go one by one.
+template <class E>
+struct Vector {
+  static constexpr int kLanes = PYPERF_VECTOR_BYTES / int(sizeof(E));
+  typedef E Native __attribute__((vector_size(PYPERF_VECTOR_BYTES)));
+  Native v;
+
+  static Vector load(const E* p) {
+    Vector r;
+    memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  void store(E* p) const { memcpy(p, &v, sizeof v); }
+  static Vector fill(E e) { return {Native{} + e}; }
+};
+template <>
+struct Vector<__int128> {
+  static constexpr int kLanes = 1;
+  __int128 v;
+
+  static Vector load(const __int128* p) { return {*p}; }
+  void store(__int128* p) const { *p = v; }
+  static Vector fill(__int128 e) { return {e}; }
+};
+template <class E>
+Vector<E> maximum(Vector<E> a, Vector<E> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+
+// A key alone (E == Key), or a key in the high bits of E above its position in tie order. The low bits are 0 exactly
+// where there is no element: padding, and NaN where it is ignored.
+template <class Key, class E>
+struct Element {
+  static constexpr bool kIndexed = sizeof(E) > sizeof(Key);
+  static constexpr int kShift = 8 * int(sizeof(E) - sizeof(Key));
+  using Low = std::conditional_t<(sizeof(E) <= 4), uint32_t, std::conditional_t<sizeof(E) == 8, uint64_t, unsigned __int128>>;
+  static constexpr Low kLowMask = kIndexed ? Low(Low(1) << kShift) - 1 : 0;
+
+  static E nothing() { return E(E(OrderedKey<Key>::kLowest) * E(E(1) << kShift)); }
+  static E make(Key key, int64_t position, bool last, bool lowest_is_nothing) {
+    if constexpr (!kIndexed) return key;
+    const Low tie = last ? Low(position) + 1 : kLowMask - Low(position);
+    const Low low = lowest_is_nothing && key == OrderedKey<Key>::kLowest ? Low(0) : tie;
+    return E(Low(Low(key) << kShift) | low);
+  }
+  static Key key(E e) { return Key(e >> kShift); }
+  static int64_t position(E e, bool last) {  // -1: nothing
+    const Low low = Low(e) & kLowMask;
+    return low == 0 ? int64_t(-1) : int64_t(last ? low - 1 : kLowMask - low);
+  }
+  // Positions are counted from the start of a stretch; this many of them fit.
+  static constexpr int64_t kPositions = kIndexed && kShift < 62 ? (int64_t(1) << kShift) - 2 : INT64_MAX;
+};
+
+template <class E>
+constexpr int kLanes = Vector<E>::kLanes;
+template <class E>
+constexpr int64_t kBlock = (16 << 10) / (kLanes<E> * int64_t(sizeof(E)));  // vectors; two blocks stay in the L1 cache
+
+// s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of two and s holds n + span - 1 elements.
+template <class E>
+void widen(E* s, int64_t n, int64_t span) {
+  using V = Vector<E>;
+  int64_t d = 1;
+  for (; 4 * d <= span; d *= 4) {
+    const int64_t count = n + span - 4 * d;
+    int64_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes)
+      maximum(maximum(V::load(s + i), V::load(s + i + d)), maximum(V::load(s + i + 2 * d), V::load(s + i + 3 * d)))
+          .store(s + i);
+    for (; i < count; ++i) s[i] = std::max(std::max(s[i], s[i + d]), std::max(s[i + 2 * d], s[i + 3 * d]));
+  }
+  if (2 * d <= span) {
+    int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) maximum(V::load(s + i), V::load(s + i + d)).store(s + i);
+    for (; i < n; ++i) s[i] = std::max(s[i], s[i + d]);
+  }
+}
+
+// The k-th dense window of a phase starts at element k of this sequence; Phases says which of them are outputs.
+// Positions are counted from `origin`.
+template <class Key, class E>
+struct Sequence {
+  using Item = Element<Key, E>;
+
+  Windows windows;
+  OrderedKey<Key> order;
+  const Key* x;
+  Key* y;
+  void* offsets;
+  OffsetType offset;
+  int64_t x_stride, y_stride;
+  int64_t phase, phases, step;
+  bool last, floating;
+  int64_t origin;
+
+  int64_t position(int64_t j) const { return windows.start(phase) + j * windows.dilation; }
+
+  // out[i] = element j + i; x may be read at every in-range position.
+  void load(E* out, int64_t j, int64_t n) const {
+    const auto clip = [&](int64_t limit) {  // first element at or after position `limit`
+      const int64_t distance = limit - position(j);
+      return std::clamp<int64_t>((distance + windows.dilation - 1) / windows.dilation, 0, n);
+    };
+    const int64_t inside = position(j) >= 0 ? 0 : clip(0);
+    const int64_t beyond = position(j) >= windows.length ? 0 : clip(windows.length);
+    edge(out, j, 0, std::min(inside, beyond));
+    const Key* from = x + position(j + inside) * x_stride;
+    const int64_t by = windows.dilation * x_stride;
+    const OrderedKey<Key> k = order;
+    const bool last_wins = last, lowest_is_nothing = floating;
+    const int64_t at = j - origin;
+    if (by == 1)
+      for (int64_t i = inside; i < beyond; ++i)
+        out[i] = Item::make(k.encode(from[i - inside]), at + i, last_wins, lowest_is_nothing);
+    else
+      for (int64_t i = inside; i < beyond; ++i)
+        out[i] = Item::make(k.encode(from[(i - inside) * by]), at + i, last_wins, lowest_is_nothing);
+    edge(out, j, std::max(inside, beyond), n);
+  }
+
+  void edge(E* out, int64_t j, int64_t from, int64_t to) const {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t source = windows.source(position(j + i));
+      out[i] = source < 0 ? Item::nothing() : Item::make(order.encode(x[source * x_stride]), j - origin + i, last, floating);
+    }
+  }
+
+  // Results k .. k + n - 1.
+  void store(const E* in, int64_t k, int64_t n) const {
+    if (phases == 1 && step == 1 && y_stride == 1) {
+      Key* to = y + k;
+      const OrderedKey<Key> o = order;
+      for (int64_t i = 0; i < n; ++i) to[i] = o.decode(Item::key(in[i]));
+    } else {
+      for (int64_t i = skip(k); i < n; i += step) y[output(k + i) * y_stride] = order.decode(Item::key(in[i]));
+    }
+    if constexpr (Item::kIndexed) {
+      if (offset == OffsetType::u8) store_offsets(static_cast<uint8_t*>(offsets), in, k, n);
+      if (offset == OffsetType::i16) store_offsets(static_cast<int16_t*>(offsets), in, k, n);
+      if (offset == OffsetType::i32) store_offsets(static_cast<int32_t*>(offsets), in, k, n);
+    }
+  }
+
+  template <class Offset>
+  void store_offsets(Offset* to, const E* in, int64_t k, int64_t n) const {
+    const bool last_wins = last;
+    const int64_t at = k - origin;
+    const auto tap = [at, last_wins](E e, int64_t i) {
+      const int64_t position = Item::position(e, last_wins);
+      return position < 0 ? Offset(-1) : Offset(position - at - i);
+    };
+    if (phases == 1 && step == 1 && y_stride == 1) {
+      to += k;
+      for (int64_t i = 0; i < n; ++i) to[i] = tap(in[i], i);
+    } else {
+      for (int64_t i = skip(k); i < n; i += step) to[output(k + i) * y_stride] = tap(in[i], i);
+    }
+  }
+
+  int64_t skip(int64_t k) const { return (step - k % step) % step; }
+  int64_t output(int64_t k) const { return phase + k / step * phases; }
+};
+
+// Vectors of the van Herk recursion along a row: lane l of vector k covers the elements kL + l ... kL + l + L - 1.
+template <class Key, class E>
+struct RowVectors {
+  static constexpr int64_t L = kLanes<E>;
+  const Sequence<Key, E>& sequence;
+  int64_t begin, end;  // results wanted; vector 0 starts at `begin`
+
+  static E lowest() { return Element<Key, E>::nothing(); }
+  int64_t window() const { return sequence.windows.window; }
+  int64_t vectors() const { return (end - begin + L - 1) / L; }
+  int64_t whole() const { return window() / L; }
+  int64_t reach() const { return (window() + L - 1) / L; }
+
+  void fill(E* out, int64_t j, int64_t n) const {
+    sequence.load(out, j, n * L + L - 1);
+    widen(out, n * L, L);
+  }
+  void trailing(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L, n); }
+  void leading(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L + window() - L, n); }
+  void store(const E* in, int64_t k, int64_t n) const {
+    const int64_t from = begin + k * L;
+    sequence.store(in, from, std::min(n * L, end - from));
+  }
+};
+
+// The same along a dimension that is not the dense one: a vector holds one element of kLanes neighbouring rows.
+template <class Key, class E>
+struct ColumnVectors {
+  static constexpr int64_t L = kLanes<E>;
+  const Sequence<Key, E>& sequence;
+  int64_t begin, end;
+  int64_t lanes;  // <= L
+
+  static E lowest() { return Element<Key, E>::nothing(); }
+  int64_t window() const { return sequence.windows.window; }
+  int64_t vectors() const { return end - begin; }
+  int64_t whole() const { return window(); }
+  int64_t reach() const { return window(); }
+
+  void fill(E* out, int64_t j, int64_t n) const {
+    using Item = Element<Key, E>;
+    const Sequence<Key, E>& s = sequence;
+    const OrderedKey<Key> order = s.order;
+    const bool last = s.last, floating = s.floating;
+    for (int64_t i = 0; i < n; ++i, out += L) {
+      const int64_t source = s.windows.source(s.position(j + i));
+      const int64_t filled = source < 0 ? 0 : lanes;
+      const Key* from = s.x + source * s.x_stride;
+      const int64_t at = j + i - s.origin;
+      if (filled == L)
+        for (int64_t l = 0; l < L; ++l) out[l] = Item::make(order.encode(from[l]), at, last, floating);
+      else
+        for (int64_t l = 0; l < L; ++l)
+          out[l] = l < filled ? Item::make(order.encode(from[l]), at, last, floating) : Item::nothing();
+    }
+  }
+  void trailing(E* out, int64_t k, int64_t n) const { fill(out, begin + k, n); }
+  void leading(E* out, int64_t k, int64_t n) const { fill(out, begin + k + window() - 1, n); }
+
+  void store(const E* in, int64_t k, int64_t n) const {
+    using Item = Element<Key, E>;
+    const Sequence<Key, E>& s = sequence;
+    const OrderedKey<Key> order = s.order;
+    for (int64_t i = s.skip(begin + k); i < n; i += s.step) {
+      const E* from = in + i * L;
+      const int64_t to = s.output(begin + k + i) * s.y_stride;
+      for (int64_t l = 0; l < lanes; ++l) s.y[to + l] = order.decode(Item::key(from[l]));
+      if constexpr (Item::kIndexed) {
+        const int64_t at = begin + k + i - s.origin;
+        if (s.offset == OffsetType::u8) taps(static_cast<uint8_t*>(s.offsets) + to, from, at);
+        if (s.offset == OffsetType::i16) taps(static_cast<int16_t*>(s.offsets) + to, from, at);
+        if (s.offset == OffsetType::i32) taps(static_cast<int32_t*>(s.offsets) + to, from, at);
+      }
+    }
+  }
+  template <class Offset>
+  void taps(Offset* to, const E* from, int64_t at) const {
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t position = Element<Key, E>::position(from[l], sequence.last);
+      to[l] = position < 0 ? Offset(-1) : Offset(position - at);
+    }
+  }
+};
+
+// Maximum of the last `n` vectors pushed, in time that depends on neither n nor the data.
+template <class E>
+struct RecentMaximum {
+  using V = Vector<E>;
+  int64_t n, count = 0;
+  E* ring;      // [n, L]
+  E* suffix;    // [n, L] of the last full turn
+  V prefix = V::fill(0);
+
+  static int64_t elements(int64_t n) { return 2 * n * V::kLanes; }
+  RecentMaximum(int64_t n, E* memory) : n(n), ring(memory), suffix(memory + n * V::kLanes) {}
+
+  void push(V v) {
+    const int64_t at = count % n;
+    v.store(ring + at * V::kLanes);
+    prefix = at ? maximum(prefix, v) : v;
+    if (at == n - 1) {
+      V s = v;
+      for (int64_t i = n - 1; i >= 0; --i) {
+        s = maximum(s, V::load(ring + i * V::kLanes));
+        s.store(suffix + i * V::kLanes);
+      }
+    }
+    ++count;
+  }
+  // After at least n pushes.
+  V get() const {
+    const int64_t at = count % n;
+    return at ? maximum(prefix, V::load(suffix + at * V::kLanes)) : V::load(suffix);
+  }
+};
+
+template <class E>
+int64_t van_herk_elements(int64_t whole, int64_t reach) {
+  const int64_t block = std::min(whole, kBlock<E>), between = std::max<int64_t>(reach - block - 1, 0);
+  const int64_t full = between / block;
+  return 2 * (block + 1) * kLanes<E> + RecentMaximum<E>::elements(full) + (full + 1) * kLanes<E>;
+}
+
+// Windows of `reach` vectors (the last one may overlap its neighbour: it ends where the window ends).
+template <class E, class Vectors>
+void van_herk(const Vectors& source, E* memory) {
+  using V = Vector<E>;
+  constexpr int64_t L = V::kLanes;
+  const int64_t block = std::min(source.whole(), kBlock<E>);
+  const int64_t between = std::max<int64_t>(source.reach() - block - 1, 0);  // leading vectors before the own block
+  const int64_t full = between / block, rest = between % block;
+
+  E* trail = memory;                    // [block + 1, L]
+  E* lead = trail + (block + 1) * L;    // [block + 1, L]
+  E* tails = lead + (block + 1) * L;    // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
+  RecentMaximum<E> recent(full, tails + (full + 1) * L);
+  const V lowest = V::fill(Vectors::lowest());
+  int64_t seen = 0;  // leading blocks so far
+  const auto remember = [&](V whole_block, const E* tail) {
+    V t = lowest;
+    for (int64_t k = 0; k < rest; ++k) t = maximum(t, V::load(tail + k * L));
+    t.store(tails + seen % (full + 1) * L);
+    if (full) recent.push(whole_block);
+    ++seen;
+  };
+  if (between) {  // the blocks that the first window needs; of the oldest, the tail alone
+    source.leading(lead, -full * block - rest, rest);
+    V t = lowest;
+    for (int64_t k = 0; k < rest; ++k) t = maximum(t, V::load(lead + k * L));
+    t.store(tails);
+    seen = 1;
+    for (int64_t b = -full; b < 0; ++b) {
+      source.leading(lead, b * block, block);
+      V m = lowest;
+      for (int64_t k = 0; k < block; ++k) m = maximum(m, V::load(lead + k * L));
+      remember(m, lead + (block - rest) * L);
+    }
+  }
+  for (int64_t first = 0; first < source.vectors(); first += block) {
+    source.trailing(trail, first, block);
+    V suffix = lowest;
+    if (between) {
+      suffix = V::load(tails + seen % (full + 1) * L);  // the oldest: full + 1 blocks ago
+      if (full) suffix = maximum(suffix, recent.get());
+    }
+    for (int64_t k = block - 1; k >= 0; --k) {
+      suffix = maximum(suffix, V::load(trail + k * L));
+      suffix.store(trail + k * L);
+    }
+    source.leading(lead, first, block);
+    V prefix = V::load(lead);
+    for (int64_t k = 0; k < block; ++k) {
+      prefix = maximum(prefix, V::load(lead + k * L));
+      maximum(prefix, V::load(trail + k * L)).store(trail + k * L);
+    }
+    if (between) remember(prefix, lead + (block - rest) * L);
+    source.store(trail, first, std::min(block, source.vectors() - first));
+  }
+}
+
+// Short windows along a row: k-th result = maximum of two windows of the largest power of two within.
+template <class E>
+constexpr int64_t kShort = 4 * kLanes<E>;
+template <class E>
+constexpr int64_t kTile = (16 << 10) / int64_t(sizeof(E));
+
+template <class Key, class E>
+void short_windows(const Sequence<Key, E>& s, int64_t begin, int64_t end, E* memory) {
+  using V = Vector<E>;
+  const int64_t window = s.windows.window;
+  int64_t span = 1;
+  while (2 * span <= window) span *= 2;
+  const int64_t overlap = window - span;
+  for (int64_t k = begin; k < end; k += kTile<E>) {
+    const int64_t n = std::min(kTile<E>, end - k);
+    s.load(memory, k, n + window - 1);
+    widen(memory, n + overlap, span);
+    if (overlap) {
+      int64_t i = 0;
+      for (; i + V::kLanes <= n; i += V::kLanes) maximum(V::load(memory + i), V::load(memory + i + overlap)).store(memory + i);
+      for (; i < n; ++i) memory[i] = std::max(memory[i], memory[i + overlap]);
+    }
+    s.store(memory, k, n);
+  }
+}
+
+// Results [begin, end) of one phase of one row; of `lanes` neighbouring rows where lanes > 0.
+template <class Key, class E>
+void stretch(const Sequence<Key, E>& s, int64_t begin, int64_t end, int64_t lanes, E* memory) {
+  if (lanes > 0) {
+    van_herk<E>(ColumnVectors<Key, E>{s, begin, end, lanes}, memory);
+  } else if (s.windows.window <= kShort<E>) {
+    short_windows(s, begin, end, memory);
+  } else {
+    van_herk<E>(RowVectors<Key, E>{s, begin, end}, memory);
+  }
+}
+
+template <class E>
+int64_t stretch_elements(int64_t window, bool columns) {
+  const int64_t per_vector = columns ? 1 : kLanes<E>;
+  if (!columns && window <= kShort<E>) return kTile<E> + 2 * kShort<E>;
+  return van_herk_elements<E>(window / per_vector, (window + per_vector - 1) / per_vector);
+}
+
+// Work is dealt in units of kUnit results; neighbouring units that reach one thread are done as one stretch, because
+// every stretch reads one window ahead of its first result.
+constexpr int64_t kUnit = 4096;
+constexpr int64_t kGrain = 8;          // units worth a thread of their own
+constexpr int64_t kCached = 64 << 10;  // results after which the second of two outputs would read x from memory again
+
+template <class Key, class E, class Parallel>
+void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
+  using Item = Element<Key, E>;
+  const Windows& w = p.windows;
+  const Phases phases(w);
+  const bool columns = p.lanes > 1;
+  const int64_t lane_blocks = columns ? (p.lanes + kLanes<E> - 1) / kLanes<E> : 1;
+  const int64_t used_phases = std::min(phases.count, w.out_length);
+  const auto results = [&](int64_t phase) { return (phases.outputs(w, phase) - 1) * phases.step + 1; };
+  const int64_t unit = columns ? std::max<int64_t>(kUnit / kLanes<E>, 1) : kUnit;
+  const int64_t units = (results(0) + unit - 1) / unit;
+  const int64_t total = p.rows.count * lane_blocks * used_phases * units;
+  const int64_t grain = kGrain * std::max<int64_t>(1, unit / (results(0) + 64));  // short rows: more of them
+  const int64_t longest = std::min(Item::kPositions - w.window - 4 * kLanes<E>,
+                                   p.outputs == 2 ? std::max(kCached, 4 * w.window) : INT64_MAX / 2);
+
+  const auto run = [&](int64_t first, int64_t last, char* scratch) {
+    E* memory = reinterpret_cast<E*>(scratch);
+    for (int64_t t = first; t < last;) {
+      const int64_t group = t / units, from = t % units;
+      const int64_t to = std::min(units, from + (last - t));
+      t += to - from;
+      const int64_t phase = group % used_phases, column = group / used_phases % lane_blocks * kLanes<E>;
+      int64_t base[2];
+      p.rows.offsets(group / used_phases / lane_blocks, base);
+      const int64_t x_at = base[0] + column, y_at = base[1] + column;
+      const int64_t lanes = columns ? std::min<int64_t>(kLanes<E>, p.lanes - column) : 0;
+      const int64_t end = std::min(to * unit, results(phase));
+      for (int64_t begin = from * unit; begin < end; begin += longest) {
+        for (int o = 0; o < p.outputs; ++o) {
+          void* offsets = Item::kIndexed ? static_cast<char*>(p.offsets[o]) + y_at * int64_t(p.offset) : nullptr;
+          const Sequence<Key, E> s{w,          p.key[o],   p.x + x_at,   p.y[o] + y_at, offsets, p.offset,
+                                   p.x_stride, p.y_stride, phase,        phases.count,  phases.step,
+                                   p.last,     p.key[o].float_mask != 0, begin};
+          stretch(s, begin, std::min(end, begin + longest), lanes, memory);
+        }
+      }
+    }
+  };
+  parallel(total, grain, stretch_elements<E>(w.window, columns) * int64_t(sizeof(E)), run);
+}
+
+template <class Key, class Parallel>
+void extrema(const Extrema<Key>& p, const Parallel& parallel) {
+  if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
+  if (p.offset == OffsetType::none) return extrema_of<Key, Key>(p, parallel);
+  if constexpr (sizeof(Key) == 8) {
+    extrema_of<Key, __int128>(p, parallel);
+  } else if constexpr (sizeof(Key) == 4) {
+    extrema_of<Key, int64_t>(p, parallel);
+  } else if (p.windows.window <= Element<Key, int32_t>::kPositions / 4) {
+    extrema_of<Key, int32_t>(p, parallel);
+  } else {
+    extrema_of<Key, int64_t>(p, parallel);
+  }
+}

@@ -1,0 +1,244 @@
+// What follows from the winners of sliding windows on a CPU: gradient sums, gathers, indices. Plain loops over rows.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../math/half.h"
+#include "../math/sliding_window.h"
+
+namespace pyperf::sliding_window {
+
+constexpr int64_t kLaneBlock = 16;
+constexpr int64_t kElementGrain = 16 << 10;  // elements worth a thread of their own
+
+// Position of the winner of each output of one phase, or kNoWinner.
+template <class Offset>
+struct Winners {
+  static constexpr int64_t kNoWinner = INT64_MIN;
+
+  const Offset* offsets;
+  int64_t stride;  // between outputs of the phase
+  int64_t start, step, dilation;
+  int64_t lowest, beyond;  // offsets that lead out of the row, which no forward makes, count as none
+
+  Winners(const Windows& w, const Phases& phases, int64_t phase, const void* offsets, int64_t offsets_stride)
+      : offsets(static_cast<const Offset*>(offsets) + phase * offsets_stride),
+        stride(phases.count * offsets_stride),
+        start(w.start(phase)),
+        step(phases.count * w.stride),
+        dilation(w.dilation),
+        lowest(w.edge == Edge::constant ? 0 : -w.left),
+        beyond(w.edge == Edge::constant ? w.length : w.padded_length() - w.left) {}
+
+  int64_t operator()(int64_t c) const {
+    const Offset tap = offsets[c * stride];
+    const int64_t position = start + c * step + int64_t(tap) * dilation;
+    return tap == Offset(-1) || position < lowest || position >= beyond ? kNoWinner : position;
+  }
+};
+
+// Sum of one run in the fixed order of kLeaf and kChunk. -0 is the neutral element of addition.
+template <class A>
+struct RunSum {
+  A leaf = A(-0.0), chunk = A(-0.0), total = A(-0.0);
+
+  void close_leaf() {
+    chunk += leaf;
+    leaf = A(-0.0);
+  }
+  void close_chunk() {
+    close_leaf();
+    total += chunk;
+    chunk = A(-0.0);
+  }
+  A take() {
+    close_chunk();
+    const A sum = total;
+    *this = RunSum();
+    return sum;
+  }
+};
+
+// Writes, through put(position, sum), every run that starts at an output in [begin, end) of a phase of `count` outputs, and
+// zeros at the positions between: those after the previous winner, and up to `stop` if the phase ends here.
+// Neighbouring ranges can so be done by different threads, with the same result.
+template <class A, class T, class Offset, class Put>
+void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end, int64_t count,
+              int64_t first_position, int64_t stop, const Put& put) {
+  constexpr int64_t none = Winners<Offset>::kNoWinner;
+  int64_t before = begin - 1;
+  while (before >= 0 && winner(before) == none) --before;
+  const int64_t previous = before >= 0 ? winner(before) : none;
+  int64_t blank = previous == none ? first_position : previous + winner.dilation;
+  int64_t run = none;
+  RunSum<A> sum;
+  const auto finish = [&] {
+    if (run == none) return;
+    for (; blank < run; blank += winner.dilation) put(blank, A(0));
+    put(run, sum.take());
+    blank = run + winner.dilation;
+    run = none;
+  };
+  for (int64_t c = begin; c < count; ++c) {
+    const int64_t position = winner(c);
+    if (position != run) {
+      finish();
+      if (c >= end) break;
+      run = position == previous ? none : position;
+    } else if (c >= end && run == none) {
+      break;
+    }
+    if (run != none) sum.leaf += A(grad[c * grad_stride]);
+    if ((c + 1) % kLeaf == 0) sum.close_leaf();
+    if ((c + 1) % kChunk == 0) sum.close_chunk();
+  }
+  finish();
+  if (end == count)
+    for (; blank < stop; blank += winner.dilation) put(blank, A(0));
+}
+
+inline int64_t remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
+
+template <class T, class Offset, class Parallel>
+void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
+  using A = typename Accumulate<T>::type;
+  const Windows& w = p.windows;
+  const Phases phases(w);
+  const int64_t phase_count = std::min(phases.count, w.out_length);
+  const int64_t longest = w.out_length ? phases.outputs(w, 0) : 0;
+  // Positions that belong to no phase get their zeros first.
+  if (phase_count < w.dilation) {
+    parallel(p.rows.count * p.lanes, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, w.length)), 0,
+             [&](int64_t first, int64_t last, char*) {
+               for (int64_t t = first; t < last; ++t) {
+                 int64_t base[3];
+                 p.rows.offsets(t / p.lanes, base);
+                 T* to = p.grad_x + base[2] + t % p.lanes;
+                 for (int64_t j = 0; j < w.length; ++j) to[j * p.grad_x_stride] = Accumulate<T>::store(A(0));
+               }
+             });
+  }
+  if (!phase_count) return;
+  const int64_t unit = kChunk * 16, units = (longest + unit - 1) / unit;
+  parallel(p.rows.count * p.lanes * phase_count * units,
+           std::max<int64_t>(1, kElementGrain / std::min(unit, longest + 16)), 0, [&](int64_t first, int64_t last, char*) {
+             for (int64_t t = first; t < last;) {
+               const int64_t group = t / units, from = t % units, to = std::min(units, from + (last - t));
+               t += to - from;
+               const int64_t phase = group % phase_count, lane = group / phase_count % p.lanes;
+               int64_t base[3];
+               p.rows.offsets(group / phase_count / p.lanes, base);
+               const int64_t count = phases.outputs(w, phase);
+               if (from * unit >= count) continue;
+               const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
+                                            p.offsets_stride);
+               T* grad_x = p.grad_x + base[2] + lane;
+               sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride,
+                           from * unit, std::min(to * unit, count), count, remainder(w.start(phase), w.dilation), w.length,
+                           [&](int64_t position, A sum) {
+                             grad_x[position * p.grad_x_stride] = Accumulate<T>::store(sum);
+                           });
+             }
+           });
+}
+
+// With reflected or wrapped edges winners are ordered in the padded row only: sum there, then fold the edges.
+template <class T, class Offset, class Parallel>
+void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
+  using A = typename Accumulate<T>::type;
+  const Windows& w = p.windows;
+  const Phases phases(w);
+  const int64_t padded = w.padded_length();
+  parallel(p.rows.count * p.lanes, std::max<int64_t>(1, kElementGrain / (padded + 16)),
+           (padded + w.length) * int64_t(sizeof(A)), [&](int64_t first, int64_t last, char* scratch) {
+             A* sums = reinterpret_cast<A*>(scratch);
+             A* folded = sums + padded;
+             for (int64_t t = first; t < last; ++t) {
+               int64_t base[3];
+               p.rows.offsets(t / p.lanes, base);
+               const int64_t lane = t % p.lanes;
+               std::fill(sums, sums + padded, A(0));
+               for (int64_t phase = 0; phase < std::min(phases.count, w.out_length); ++phase) {
+                 const int64_t count = phases.outputs(w, phase);
+                 const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
+                                              p.offsets_stride);
+                 sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride, 0,
+                             count, count, w.start(phase), w.start(phase),
+                             [&](int64_t position, A sum) { sums[position + w.left] = sum; });
+               }
+               for (int64_t j = 0; j < w.length; ++j) folded[j] = j + w.left < padded ? sums[j + w.left] : A(0);
+               for (int64_t i = 0; i < padded; ++i) {
+                 const int64_t position = i - w.left;
+                 if (position < 0 || position >= w.length) folded[w.source(position)] += sums[i];
+               }
+               T* grad_x = p.grad_x + base[2] + lane;
+               for (int64_t j = 0; j < w.length; ++j) grad_x[j * p.grad_x_stride] = Accumulate<T>::store(folded[j]);
+             }
+           });
+}
+
+// visit(typed null pointer of the offset type)
+template <class Visit>
+void with_offset_type(OffsetType type, const Visit& visit) {
+  if (type == OffsetType::u8) visit(static_cast<const uint8_t*>(nullptr));
+  if (type == OffsetType::i16) visit(static_cast<const int16_t*>(nullptr));
+  if (type == OffsetType::i32) visit(static_cast<const int32_t*>(nullptr));
+}
+
+template <class T, class Parallel>
+void winner_sums(const WinnerSums<T>& p, const Parallel& parallel) {
+  if (p.rows.count == 0 || p.lanes == 0 || p.windows.length == 0) return;
+  with_offset_type(p.offset, [&](auto* type) {
+    using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    if (p.windows.edge == Edge::constant) {
+      sum_rows<T, Offset>(p, parallel);
+    } else {
+      sum_folded_rows<T, Offset>(p, parallel);
+    }
+  });
+}
+
+// Calls visit(output index, row bases, position of its source or -1) for every output of every lane.
+template <class Offset, int N, class Parallel, class Visit>
+void visit_winners(const Windows& w, const StridedRows<N>& rows, int64_t lanes, const Offset* offsets, int operand,
+                   int64_t stride, const Parallel& parallel, const Visit& visit) {
+  parallel(rows.count * w.out_length, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, lanes)), 0,
+           [&](int64_t first, int64_t last, char*) {
+             int64_t base[N];
+             for (int64_t t = first; t < last; ++t) {
+               const int64_t i = t % w.out_length;
+               if (t == first || i == 0) rows.offsets(t / w.out_length, base);
+               const Offset* taps = offsets + base[operand] + i * stride;
+               for (int64_t l = 0; l < lanes; ++l) {
+                 const int64_t source = taps[l] == Offset(-1) ? -1 : w.source(w.start(i) + int64_t(taps[l]) * w.dilation);
+                 visit(i, l, base, source);
+               }
+             }
+           });
+}
+
+template <class Bits, class Parallel>
+void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel) {
+  if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
+  with_offset_type(p.offset, [&](auto* type) {
+    visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 1, p.offsets_stride, parallel,
+                  [&](int64_t i, int64_t lane, const int64_t(&base)[3], int64_t source) {
+                    p.y[base[2] + lane + i * p.y_stride] =
+                        source < 0 ? Bits(0) : p.values[base[0] + lane + source * p.values_stride];
+                  });
+  });
+}
+
+template <class Parallel>
+void winner_index(const WinnerIndex& p, const Parallel& parallel) {
+  if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
+  with_offset_type(p.offset, [&](auto* type) {
+    visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,
+                  [&](int64_t i, int64_t lane, const int64_t(&base)[2], int64_t source) {
+                    p.index[base[1] + lane + i * p.index_stride] = source;
+                  });
+  });
+}
+
+}  // namespace pyperf::sliding_window

@@ -1,0 +1,202 @@
+"""One operator's faces: raw kernel, autograd, torch.func transforms, compilation, sharding, and the route between them.
+
+`torch.library.register_autograd` alone is not enough: with it `func.grad`, `vmap(grad)` and `hessian` raise, and
+`func.jvp` returns a wrong tangent without an error. So every call takes the first route that fits:
+
+    compiling                              the registered operator, which the compiler sees as one node
+    a torch.func transform, forward AD     an autograd.Function with vmap and jvp rules over the raw operator
+    no gradient wanted                     the raw operator, below autograd
+    otherwise                              the registered operator, whose autograd kernel is that same Function
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _backend
+
+_library = torch.library.Library("pyperf_dl", "FRAGMENT")
+# Rules that only a dispatch mode or a tensor subclass asks for; their modules are slow to import, or import triton.
+_unregistered_flops: list[tuple[Operator, Any]] = []
+_unregistered_sharding: list[tuple[Operator, Any]] = []
+
+
+class Operator:
+    """A registered operator `pyperf_dl::<name>` whose first `tensors` arguments are tensors.
+
+    Args:
+        name: the schema is in `csrc/<family>.cpp`.
+        tensors: number of leading tensor arguments; the others are numbers, strings and flags.
+        fake: shapes, strides and dtypes of the outputs, without data.
+        reference: the same function in plain PyTorch; differentiable, and the operator's decomposition.
+        launch: `module:function` of the Triton form, same arguments.
+        save: `save(ctx, inputs, output)` keeps what the two rules below need.
+        backward: `backward(ctx, *grads)` -> gradients of the tensor arguments. None: not differentiable.
+        jvp: `jvp(ctx, *tangents)` -> tangents of the outputs, given those of the tensor arguments.
+        batch: `batch(*args)` -> args, for tensors that got a batch dimension in front; outputs carry it in front too.
+        shard: `shard(*args)` -> dimensions along which all tensors of the call may be sharded alike.
+        flops: `flops(*shapes_and_args, out_shape)`, for torch.utils.flop_counter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        tensors: int,
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        launch: str | None = None,
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        jvp: Callable[..., Any] | None = None,
+        batch: Callable[..., Sequence[Any]] | None = None,
+        shard: Callable[..., Sequence[int]] | None = None,
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name, self.tensors, self.fake, self.reference, self.launch = name, tensors, fake, reference, launch
+        self.save, self.backward, self.jvp, self.batch, self.shard, self.flops = save, backward, jvp, batch, shard, flops
+        self._triton: _Registered | None = None
+        if _backend._C is not None:
+            self.native = _Registered(self, name)
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0]
+        which = _backend.serving(first.device.type)
+        if which == "reference":
+            return self.reference(*args)
+        registered = self.triton if which == "triton" else self.native
+        if torch.compiler.is_compiling():
+            return registered.op(*args)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return registered.function.apply(*args)
+        if type(first) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+            _register_late()
+        elif not (torch.is_grad_enabled() and any(t.requires_grad for t in args[: self.tensors])):
+            with torch._C._AutoDispatchBelowAutograd():
+                return registered.op(*args)
+        return registered.op(*args)
+
+    @property
+    def triton(self) -> _Registered:
+        """The Triton form: an operator of its own, registered when it is first needed."""
+        if self._triton is None:
+            if self.launch is None:
+                raise NotImplementedError(f"{self.name} has no Triton form")
+            module, function = self.launch.split(":")
+            schema = str(self.native.op._schema).split("::", 1)[1].replace(self.name, f"{self.name}_triton", 1)
+            _library.define(schema)
+
+            def kernel(*args: Any) -> Any:
+                import importlib
+
+                return getattr(importlib.import_module(module), function)(*args)
+
+            _library.impl(f"{self.name}_triton", kernel, "CompositeExplicitAutograd")
+            self._triton = _Registered(self, f"{self.name}_triton")
+        return self._triton
+
+
+class _Registered:
+    """Every registration of one dispatcher entry."""
+
+    def __init__(self, operator: Operator, name: str) -> None:
+        self.op = getattr(torch.ops.pyperf_dl, name).default
+        self.function = _function(operator, self.op)
+        qualified = f"pyperf_dl::{name}"
+        torch.library.register_fake(qualified, operator.fake, lib=_library, allow_override=True)
+        _library.impl(name, _autograd_kernel(operator, self.op, self.function), "Autograd")
+        if operator.batch is not None:
+            torch.library.register_vmap(qualified, _vmap_rule(operator, self.op), lib=_library)
+        torch._decomp.register_decomposition(self.op)(operator.reference)
+        if operator.flops is not None:
+            _unregistered_flops.append((operator, self.op))
+        if operator.shard is not None:
+            _unregistered_sharding.append((operator, self.op))
+
+
+def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
+    class OperatorFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.statics = inputs[operator.tensors :]
+            if operator.save is not None:
+                operator.save(ctx, inputs, output)
+            outputs = output if isinstance(output, tuple) else (output,)
+            whole = [t for t in outputs if not t.is_floating_point()] if operator.backward else list(outputs)
+            ctx.mark_non_differentiable(*whole)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            gradients = operator.backward(ctx, *grads)
+            return (*gradients, *([None] * len(ctx.statics)))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            return operator.jvp(ctx, *tangents[: operator.tensors])
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+            return _vmap_rule(operator, operator)(info, in_dims, *args)
+
+    OperatorFunction.__name__ = OperatorFunction.__qualname__ = f"{operator.name}_function"
+    return OperatorFunction
+
+
+def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in args[: operator.tensors])
+        if wanted or forward_ad._current_level >= 0:
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def _vmap_rule(operator: Operator, call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        batched = [
+            t.unsqueeze(0).expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(args[: operator.tensors], in_dims, strict=False)
+        ]
+        out = call(*operator.batch(*batched, *args[operator.tensors :]))
+        return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
+
+    return rule
+
+
+def _register_late() -> None:
+    """Flop formulas and DTensor rules, once the modules that use them are there."""
+    if _unregistered_flops and "torch.utils.flop_counter" in sys.modules:
+        from torch.utils.flop_counter import register_flop_formula
+
+        while _unregistered_flops:
+            operator, op = _unregistered_flops.pop()
+            register_flop_formula(op)(operator.flops)
+    if _unregistered_sharding and "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        while _unregistered_sharding:
+            operator, op = _unregistered_sharding.pop()
+            register_sharding(op)(_sharding_rule(operator, op))
+
+
+def _sharding_rule(operator: Operator, op: Any) -> Callable[..., Any]:
+    def strategies(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        from torch.distributed.tensor import Replicate, Shard
+
+        placements = [Replicate(), *(Shard(d) for d in operator.shard(*args))]
+        others = [None] * (len(args) - operator.tensors)
+        return [([p] * len(op._schema.returns), [p] * operator.tensors + others) for p in placements]
+
+    return strategies

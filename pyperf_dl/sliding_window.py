@@ -1,0 +1,633 @@
+"""Maximum and minimum of every window along one or several dimensions, at a cost that does not grow with the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _checks
+from ._autograd import Operator
+from .reference import sliding_window as reference
+
+__all__ = [
+    "sliding_window_max",
+    "sliding_window_min",
+    "sliding_window_minmax",
+]
+
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
+MODES = ("constant", "reflect", "nearest", "wrap", "mirror")
+
+# ---- operators: shapes, derivatives, batching, sharding ----
+
+
+def _laid_out(like: torch.Tensor, dim: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor whose dimensions lie in memory as those of `like`, if `like` is dense (csrc: physical_layout)."""
+    shape = list(like.shape)
+    shape[dim] = size
+    layout = list(range(like.dim()))
+    if not like.is_contiguous():
+        by_stride = sorted(layout, key=lambda d: -like.stride(d))
+        expected: Any = 1
+        for d in reversed(by_stride):
+            if like.shape[d] == 1:
+                continue
+            if like.stride(d) != expected:
+                break
+            expected = expected * like.shape[d]
+        else:
+            layout = by_stride
+    return torch.empty_permuted(shape, layout, dtype=dtype, device=like.device)
+
+
+def _fake_extremum(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last):
+    return _laid_out(x, dim, out_length, x.dtype)
+
+
+def _fake_extremum_offsets(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last):
+    offsets = _laid_out(x, dim, out_length, reference.offset_dtype(window))
+    return _laid_out(x, dim, out_length, x.dtype), offsets
+
+
+def _fake_minmax(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last):
+    return _laid_out(x, dim, out_length, x.dtype), _laid_out(x, dim, out_length, x.dtype)
+
+
+def _fake_minmax_offsets(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last):
+    dtypes = [x.dtype] * 2 + [reference.offset_dtype(window)] * 2
+    return tuple(_laid_out(x, dim, out_length, dtype) for dtype in dtypes)
+
+
+def _fake_backward(grad_y, offsets, dim, length, window, stride, dilation, left, mode):
+    return _laid_out(offsets, dim, length, grad_y.dtype)
+
+
+def _fake_gather(values, offsets, dim, window, stride, dilation, left, mode):
+    return _laid_out(offsets, dim, offsets.shape[dim], values.dtype)
+
+
+def _fake_index(offsets, dim, length, window, stride, dilation, left, mode):
+    return _laid_out(offsets, dim, offsets.shape[dim], torch.int64)
+
+
+class _Geometry(NamedTuple):
+    """What the derivatives of a forward operator need of its arguments."""
+
+    dim: int
+    length: int
+    window: int
+    stride: int
+    dilation: int
+    left: int
+    mode: str
+
+    def sums(self, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return _backward(grad, offsets, self.dim, self.length, *self[2:])
+
+    def take(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return _gather(values, offsets, self.dim, *self[2:])
+
+
+def _geometry(x: torch.Tensor, dim, window, stride, dilation, left, out_length, mode, *rest) -> _Geometry:
+    return _Geometry(dim, x.shape[dim], window, stride, dilation, left, mode)
+
+
+def _save_input(ctx, inputs, output):
+    """The forms without offsets keep x and find the winners again in the backward."""
+    ctx.save_for_backward(inputs[0])
+    ctx.save_for_forward(inputs[0])
+    ctx.geometry = _geometry(*inputs)
+
+
+def _save_offsets(ctx, inputs, output):
+    offsets = output[len(output) // 2 :]
+    ctx.save_for_backward(*offsets)
+    ctx.save_for_forward(*offsets)
+    ctx.geometry = _geometry(*inputs)
+
+
+def _sum_offsets(ctx, offsets, grads):
+    """Gradient of x from those of the values; a value that nothing depended on has none."""
+    parts = [ctx.geometry.sums(g, o) for g, o in zip(grads, offsets, strict=False) if g is not None]
+    return (sum(parts[1:], parts[0]) if parts else None,)
+
+
+def _found_again(ctx):
+    (x,) = ctx.saved_tensors
+    if len(ctx.statics) == len(_MINMAX_STATICS):
+        return _minmax_offsets(x, *ctx.statics)[2:]
+    return _extremum_offsets(x, *ctx.statics)[1:]
+
+
+_MINMAX_STATICS = ("dim", "window", "stride", "dilation", "left", "out_length", "mode", "ignore_nan", "last")
+
+
+def _save_linear(ctx, inputs, output):
+    source, offsets, dim = inputs[:3]
+    ctx.save_for_backward(offsets)
+    ctx.save_for_forward(offsets)
+    length = inputs[3] if len(inputs) == 9 else source.shape[dim]
+    ctx.geometry = _Geometry(dim, length, *inputs[-5:])
+
+
+def _batched(*args):
+    """A new dimension in front moves dim by one."""
+    tensors = sum(isinstance(a, torch.Tensor) for a in args)
+    return (*args[:tensors], args[tensors] + 1, *args[tensors + 1 :])
+
+
+def _other_dims(*args):
+    tensors = sum(not isinstance(a, (int, str, torch.SymInt)) for a in args)
+    return [d for d in range(len(args[0].shape)) if d != args[tensors]]
+
+
+def _comparisons(*args, out_shape=None, **kwargs):
+    """van Herk-Gil-Werman: three comparisons an output, whatever the window."""
+    shape = out_shape[0] if isinstance(out_shape[0], (tuple, list, torch.Size)) else out_shape
+    outputs = 1
+    for n in shape:
+        outputs *= n
+    return 3 * outputs
+
+
+_LAUNCH = "pyperf_dl._launch.sliding_window"
+_common = {"batch": _batched, "shard": _other_dims}
+
+_extremum = Operator(
+    "sliding_window_extremum",
+    tensors=1,
+    fake=_fake_extremum,
+    reference=reference.extremum,
+    launch=f"{_LAUNCH}:extremum",
+    save=_save_input,
+    backward=lambda ctx, grad: _sum_offsets(ctx, _found_again(ctx), (grad,)),
+    jvp=lambda ctx, tangent: ctx.geometry.take(tangent, *_found_again(ctx)),
+    flops=_comparisons,
+    **_common,
+)
+_extremum_offsets = Operator(
+    "sliding_window_extremum_offsets",
+    tensors=1,
+    fake=_fake_extremum_offsets,
+    reference=reference.extremum_offsets,
+    launch=f"{_LAUNCH}:extremum_offsets",
+    save=_save_offsets,
+    backward=lambda ctx, grad, _: _sum_offsets(ctx, ctx.saved_tensors, (grad,)),
+    jvp=lambda ctx, tangent: (ctx.geometry.take(tangent, *ctx.saved_tensors), None),
+    flops=_comparisons,
+    **_common,
+)
+_minmax = Operator(
+    "sliding_window_minmax",
+    tensors=1,
+    fake=_fake_minmax,
+    reference=reference.minmax,
+    launch=f"{_LAUNCH}:minmax",
+    save=_save_input,
+    backward=lambda ctx, *grads: _sum_offsets(ctx, _found_again(ctx), grads),
+    jvp=lambda ctx, tangent: tuple(ctx.geometry.take(tangent, o) for o in _found_again(ctx)),
+    flops=lambda *args, **kwargs: 2 * _comparisons(*args, **kwargs),
+    **_common,
+)
+_minmax_offsets = Operator(
+    "sliding_window_minmax_offsets",
+    tensors=1,
+    fake=_fake_minmax_offsets,
+    reference=reference.minmax_offsets,
+    launch=f"{_LAUNCH}:minmax_offsets",
+    save=_save_offsets,
+    backward=lambda ctx, *grads: _sum_offsets(ctx, ctx.saved_tensors, grads[:2]),
+    jvp=lambda ctx, tangent: (*(ctx.geometry.take(tangent, o) for o in ctx.saved_tensors), None, None),
+    flops=lambda *args, **kwargs: 2 * _comparisons(*args, **kwargs),
+    **_common,
+)
+# The derivative is linear in the gradient given the winners, and gather is its transpose.
+_backward = Operator(
+    "sliding_window_backward",
+    tensors=2,
+    fake=_fake_backward,
+    reference=reference.backward,
+    launch=f"{_LAUNCH}:backward",
+    save=_save_linear,
+    backward=lambda ctx, grad: (ctx.geometry.take(grad, *ctx.saved_tensors), None),
+    jvp=lambda ctx, tangent, _: ctx.geometry.sums(tangent, *ctx.saved_tensors),
+    **_common,
+)
+_gather = Operator(
+    "sliding_window_gather",
+    tensors=2,
+    fake=_fake_gather,
+    reference=reference.gather,
+    launch=f"{_LAUNCH}:gather",
+    save=_save_linear,
+    backward=lambda ctx, grad: (ctx.geometry.sums(grad, *ctx.saved_tensors), None),
+    jvp=lambda ctx, tangent, _: ctx.geometry.take(tangent, *ctx.saved_tensors),
+    **_common,
+)
+_index = Operator(
+    "sliding_window_index",
+    tensors=1,
+    fake=_fake_index,
+    reference=reference.index,
+    launch=f"{_LAUNCH}:index",
+    **_common,
+)
+
+# ---- arguments ----
+
+_Int = int | Sequence[int]
+_Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
+
+
+class _Axis(NamedTuple):
+    """One dimension's windows."""
+
+    dim: int
+    length: int
+    window: int
+    stride: int
+    dilation: int
+    left: int
+    out_length: int
+
+
+class _Call(NamedTuple):
+    """Checked arguments of one public call."""
+
+    op: str
+    axes: tuple[_Axis, ...]
+    mode: str
+    ignore_nan: bool
+    min_count: int
+    last: bool
+    return_indices: bool
+    global_index: bool
+    recompute: bool
+
+
+def _per_dim(op: str, name: str, value: Any, dims: int, minimum: int) -> list[int]:
+    if isinstance(value, (tuple, list)):
+        if len(value) != dims:
+            raise ValueError(f"{op}: {name} must have one entry for each of the {dims} dims, got {value!r}")
+        return [_checks.integer(op, name, v, minimum) for v in value]
+    return [_checks.integer(op, name, value, minimum)] * dims
+
+
+def _paddings(op: str, padding: Any, dims: int) -> list[str | tuple[int, int]]:
+    """For each dimension a word, or (left, right)."""
+    rule = "'valid', 'same', 'causal', an int, (left, right), or one (left, right) for each dim"
+    if isinstance(padding, str):
+        return [_checks.choice(op, "padding", padding, ("valid", "same", "causal"))] * dims
+    if isinstance(padding, (tuple, list)):
+        nested = [isinstance(p, (tuple, list)) for p in padding]
+        if all(nested) and nested:
+            if len(padding) != dims or any(len(p) != 2 for p in padding):
+                raise ValueError(f"{op}: padding must be {rule}, got {padding!r} for {dims} dims")
+            return [tuple(_checks.integer(op, "padding", v, 0) for v in p) for p in padding]  # type: ignore[misc]
+        if any(nested) or len(padding) != 2:
+            raise ValueError(f"{op}: padding must be {rule}, got {padding!r}")
+        left, right = (_checks.integer(op, "padding", v, 0) for v in padding)
+        return [(left, right)] * dims
+    both = _checks.integer(op, "padding", padding, 0)
+    return [(both, both)] * dims
+
+
+def _axis(op: str, dim: int, length: int, window: int, stride: int, dilation: int, padding: str | tuple[int, int]) -> _Axis:
+    extent = (window - 1) * dilation + 1
+    if padding == "same" or padding == "causal":
+        left = (extent - 1) // 2 if padding == "same" else extent - 1
+        return _Axis(dim, length, window, stride, dilation, left, (length + stride - 1) // stride)
+    left, right = (0, 0) if padding == "valid" else padding
+    padded = length + left + right
+    if padded < extent:
+        spread = f" (window {window} with dilation {dilation})" if dilation > 1 else ""
+        raise ValueError(
+            f"{op}: window must fit the padded length, got window {extent}{spread} > length {padded} along dim {dim}; "
+            "padding='same' or 'causal' allow longer windows"
+        )
+    return _Axis(dim, length, window, stride, dilation, left, (padded - extent) // stride + 1)
+
+
+def _checked(
+    op: str,
+    x: Any,
+    window: Any,
+    dim: Any,
+    stride: Any,
+    dilation: Any,
+    padding: Any,
+    mode: Any,
+    min_count: Any,
+    nan: Any,
+    ties: Any,
+    return_indices: Any,
+    index: Any,
+    recompute: Any,
+) -> _Call:
+    _checks.strided_tensor(op, "x", x, DTYPES)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got {_checks.described(x)}")
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not dims:
+        raise ValueError(f"{op}: dim must name at least one dimension, got {dim!r}")
+    dims = [_checks.dimension(op, "dim", d, x.dim()) for d in dims]
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"{op}: dim must name each dimension once, got {dim!r}")
+    windows = _per_dim(op, "window", window, len(dims), 1)
+    strides = _per_dim(op, "stride", stride, len(dims), 1)
+    dilations = _per_dim(op, "dilation", dilation, len(dims), 1)
+    pads = _paddings(op, padding, len(dims))
+    mode = _checks.choice(op, "mode", mode, MODES)
+    ignore = _checks.choice(op, "nan", nan, ("propagate", "ignore")) == "ignore"
+    last = _checks.choice(op, "ties", ties, ("first", "last")) == "last"
+    global_index = _checks.choice(op, "index", index, ("global", "offset")) == "global"
+    _checks.flag(op, "return_indices", return_indices)
+    _checks.flag(op, "recompute", recompute)
+    count = 1
+    if min_count is not None:
+        count = _checks.integer(op, "min_count", min_count, 0)
+        if not x.is_floating_point():
+            raise TypeError(f"{op}: min_count needs a float dtype, for it marks windows with NaN, got {x.dtype}")
+        if not ignore:
+            raise ValueError(f"{op}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}")
+    axes = tuple(
+        _axis(op, d, x.shape[d], *rest) for d, *rest in zip(dims, windows, strides, dilations, pads, strict=True)
+    )
+    for axis in axes:
+        if mode != "constant" and axis.length == 0 and axis.out_length != 0:
+            raise ValueError(f"{op}: mode={mode!r} needs at least one element along dim {axis.dim}, got length 0")
+    taps = 1
+    for axis in axes:
+        taps = taps * axis.window
+    if (return_indices or (torch.is_grad_enabled() and x.requires_grad)) and taps >= 2**31:
+        raise ValueError(f"{op}: indices and gradients need windows of fewer than 2**31 elements, got {taps}")
+    return _Call(op, axes, mode, ignore and x.is_floating_point(), count, last, return_indices, global_index, recompute)
+
+
+# ---- one call ----
+
+
+class _Side(NamedTuple):
+    """Values of one extremum and, where they were asked for, its taps per axis (outer axes first)."""
+
+    values: torch.Tensor
+    taps: tuple[torch.Tensor, ...]
+
+
+def _along(x: torch.Tensor, axis: _Axis, call: _Call, which: str, with_taps: bool) -> list[_Side]:
+    """One axis: which is "max", "min" or "minmax" (minimum first)."""
+    head = (axis.dim, axis.window, axis.stride, axis.dilation, axis.left, axis.out_length, call.mode)
+    tail = (call.ignore_nan, call.last)
+    saves = torch.is_grad_enabled() and x.requires_grad and not call.recompute
+    if which == "minmax":
+        if with_taps or saves:
+            low, high, low_at, high_at = _minmax_offsets(x, *head, *tail)
+            return [_Side(low, (low_at,)), _Side(high, (high_at,))]
+        return [_Side(y, ()) for y in _minmax(x, *head, *tail)]
+    minimum = which == "min"
+    if with_taps or saves:
+        y, at = _extremum_offsets(x, *head, minimum, *tail)
+        return [_Side(y, (at,))]
+    return [_Side(_extremum(x, *head, minimum, *tail), ())]
+
+
+def _taken(taps: torch.Tensor, by: torch.Tensor, axis: _Axis, mode: str) -> torch.Tensor:
+    """Taps of inner axes at the winners along `axis`."""
+    return _gather(taps, by, axis.dim, axis.window, axis.stride, axis.dilation, axis.left, mode)
+
+
+def _extrema(x: torch.Tensor, call: _Call, which: str) -> list[_Side]:
+    """All axes: inner ones first, so that the first of equal elements is the first in raster order."""
+    raster = sorted(call.axes, key=lambda axis: axis.dim)
+    sides = [_Side(x, ()) for _ in range(2 if which == "minmax" else 1)]
+    for n, axis in enumerate(reversed(raster)):
+        if n == 0:
+            sides = _along(x, axis, call, which, call.return_indices)
+        else:
+            names = ["min", "max"] if which == "minmax" else [which]
+            outer = [_along(s.values, axis, call, name, call.return_indices)[0] for s, name in zip(sides, names, strict=True)]
+            if call.return_indices:
+                outer = [
+                    _Side(o.values, (o.taps[0], *(_taken(t, o.taps[0], axis, call.mode) for t in s.taps)))
+                    for o, s in zip(outer, sides, strict=True)
+                ]
+            sides = outer
+    return sides
+
+
+def _valid_count(x: torch.Tensor, call: _Call) -> torch.Tensor:
+    """How many values of each window are not NaN."""
+    count = (~x.isnan()).to(torch.int64)
+    for axis in call.axes:
+        length, out = axis.length, axis.out_length
+        starts = torch.arange(out, device=x.device) * axis.stride - axis.left
+        if call.mode == "constant" and axis.dilation == 1:
+            total = torch.nn.functional.pad(count.movedim(axis.dim, -1).cumsum(-1), (1, 0))
+            ends = (starts + axis.window).clamp(0, length)
+            part = total.index_select(-1, ends) - total.index_select(-1, starts.clamp(0, length))
+            count = part.movedim(-1, axis.dim)
+            continue
+        # Phases and edges: running sums over the padded row, one step of the dilation apart.
+        rows = (max(0, (out - 1) * axis.stride) // axis.dilation + axis.window) * axis.dilation
+        at = reference.source_positions(torch.arange(rows, device=x.device) - axis.left, length, call.mode)
+        row = count.movedim(axis.dim, -1)
+        padded = torch.where(at >= 0, row.index_select(-1, at.clamp(min=0)), 0) if length else row.new_zeros(*row.shape[:-1], rows)
+        total = torch.nn.functional.pad(padded.unflatten(-1, (-1, axis.dilation)).cumsum(-2), (0, 0, 1, 0)).flatten(-2)
+        begin = torch.arange(out, device=x.device) * axis.stride
+        part = total.index_select(-1, begin + axis.window * axis.dilation) - total.index_select(-1, begin)
+        count = part.movedim(-1, axis.dim)
+    return count
+
+
+def _indices(side: _Side, call: _Call) -> torch.Tensor:
+    """The one index of a winner among all windowed dims, in raster order: of the element, or of the tap."""
+    raster = sorted(call.axes, key=lambda axis: axis.dim)
+    if len(raster) == 1 and not call.global_index:
+        return side.taps[0]
+    combined, none = None, None
+    for axis, taps in zip(raster, side.taps, strict=True):
+        if call.global_index:
+            at = _index(taps, axis.dim, axis.length, axis.window, axis.stride, axis.dilation, axis.left, call.mode)
+            size = axis.length
+        else:
+            at, size = reference.signed_taps(taps, axis.window), axis.window
+        none = (at < 0) if none is None else none | (at < 0)
+        combined = at if combined is None else combined * size + at
+    if len(raster) == 1:
+        return combined
+    combined = combined.masked_fill(none, -1)
+    if call.global_index:
+        return combined
+    taps = 1
+    for axis in raster:
+        taps *= axis.window
+    return combined.masked_fill(none, reference.none_offset(taps)).to(reference.offset_dtype(taps))
+
+
+def _run(x: torch.Tensor, call: _Call, which: str) -> list[torch.Tensor]:
+    """Values of each extremum, then their indices."""
+    sides = _extrema(x, call, which)
+    values = [s.values for s in sides]
+    indices = [_indices(s, call) for s in sides] if call.return_indices else []
+    if call.ignore_nan and call.min_count != 1:
+        if call.min_count == 0:  # an empty window has its neutral element, not NaN
+            neutral = {"min": [True], "max": [False], "minmax": [True, False]}[which]
+            values = [
+                y.masked_fill(y.isnan(), reference.empty_value(y.dtype, low, False)) for y, low in zip(values, neutral, strict=True)
+            ]
+        else:
+            short = _valid_count(x.detach(), call) < call.min_count
+            values = [y.masked_fill(short, torch.nan) for y in values]
+            none = [255 if i.dtype == torch.uint8 else -1 for i in indices]
+            indices = [i.masked_fill(short, n) for i, n in zip(indices, none, strict=True)]
+    return values + indices
+
+
+_ARGUMENTS = """
+
+    Args:
+        x: any rank >= 1, dense. Dtypes: float16, bfloat16, float32, float64, uint8, int8 ... int64, bool.
+        window: elements (taps) in a window, >= 1.
+        dim: the dimension, or a tuple of them (a flat box; ``window``, ``stride`` and ``dilation`` may then be tuples).
+        stride: distance of neighbouring windows, in elements.
+        dilation: distance of neighbouring taps, in elements. A window extends over e = (window - 1) * dilation + 1.
+        padding: ``"valid"``: whole windows only, length (L - e) // stride + 1. ``"same"``: (e - 1) // 2 on the left,
+            length ceil(L / stride). ``"causal"``: e - 1 on the left, length ceil(L / stride), so that output i sees
+            nothing after i * stride. An int p, or ``(left, right)`` of any size: length (L + left + right - e) // stride + 1.
+        mode: what padding reads: ``"constant"`` (nothing), or as in scipy.ndimage ``"reflect"`` (d c b a | a b c d),
+            ``"nearest"`` (a a a | a b c d), ``"wrap"`` (b c d | a b c d), ``"mirror"`` (d c b | a b c d).
+        min_count: floats with ``nan="ignore"``: windows with fewer values that are not NaN give NaN, no index and no
+            gradient (pandas' min_periods). Default 1; 0 gives the neutral element for an empty window.
+        nan: ``"propagate"``: NaN wins over everything. ``"ignore"``: NaN is skipped. No effect on integers.
+        ties: which of equal elements wins the index and the gradient, by position in the padded row.
+            -0 < +0, so these two are not equal.
+        return_indices: also return the winners' indices.
+        index: ``"global"``: int64 index of the winner along ``dim`` (raster index over several dims), -1 for none.
+            ``"offset"``: its tap in the window, in uint8 up to 255 taps (255 for none), int16 up to 32767, else int32
+            (-1 for none).
+        recompute: keep x for the backward and find the winners again there, instead of keeping 1, 2 or 4 bytes an output.
+
+    Raises:
+        TypeError: x is no dense tensor of these dtypes; a count is no int; ``min_count`` for integers.
+        ValueError: a value out of its range; a window longer than the padded row.
+
+    A window that holds no value gives the neutral element (-inf for a maximum, the lowest integer), or NaN with
+    ``nan="ignore"``. Exact, and the same bits on every backend, device and number of threads, gradients included: a
+    gradient goes to the one winner, and sums are added in one fixed order, without atomics. The time depends neither
+    on the window nor on the data. Differentiable any number of times; works under torch.compile, export and torch.func.
+
+    Follows Lemire, "Streaming maximum-minimum filter using no more than three comparisons per element" (2006), van Herk
+    (1992) and Gil and Werman (1993).
+"""
+
+
+def sliding_window_max(
+    x: torch.Tensor,
+    window: _Int,
+    dim: _Int = -1,
+    *,
+    stride: _Int = 1,
+    dilation: _Int = 1,
+    padding: _Padding = "valid",
+    mode: str = "constant",
+    min_count: int | None = None,
+    nan: str = "propagate",
+    ties: str = "first",
+    return_indices: bool = False,
+    index: str = "global",
+    recompute: bool = False,
+) -> Any:
+    """Maximum of every window: y[i] = max over t < window of x[i * stride + t * dilation - left].
+
+    >>> pyperf_dl.sliding_window_max(torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0]), 3)
+    tensor([3., 3., 5.])
+    >>> pyperf_dl.sliding_window_max(torch.tensor([1, 3, 2, 0, 5]), 3, padding="causal", return_indices=True)
+    (tensor([1, 3, 3, 3, 5]), tensor([0, 1, 1, 1, 4]))
+
+    Returns:
+        y, or (y, indices). y has the dtype of x, and its memory format if x is dense.
+    """
+    call = _checked(
+        "sliding_window_max", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+    )
+    out = _run(x, call, "max")
+    return tuple(out) if return_indices else out[0]
+
+
+def sliding_window_min(
+    x: torch.Tensor,
+    window: _Int,
+    dim: _Int = -1,
+    *,
+    stride: _Int = 1,
+    dilation: _Int = 1,
+    padding: _Padding = "valid",
+    mode: str = "constant",
+    min_count: int | None = None,
+    nan: str = "propagate",
+    ties: str = "first",
+    return_indices: bool = False,
+    index: str = "global",
+    recompute: bool = False,
+) -> Any:
+    """Minimum of every window: y[i] = min over t < window of x[i * stride + t * dilation - left].
+
+    >>> pyperf_dl.sliding_window_min(torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0]), 3)
+    tensor([1., 0., 0.])
+
+    Returns:
+        y, or (y, indices). y has the dtype of x, and its memory format if x is dense.
+    """
+    call = _checked(
+        "sliding_window_min", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+    )
+    out = _run(x, call, "min")
+    return tuple(out) if return_indices else out[0]
+
+
+def sliding_window_minmax(
+    x: torch.Tensor,
+    window: _Int,
+    dim: _Int = -1,
+    *,
+    stride: _Int = 1,
+    dilation: _Int = 1,
+    padding: _Padding = "valid",
+    mode: str = "constant",
+    min_count: int | None = None,
+    nan: str = "propagate",
+    ties: str = "first",
+    return_indices: bool = False,
+    index: str = "global",
+    recompute: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Minimum and maximum of every window, in one pass over x.
+
+    >>> pyperf_dl.sliding_window_minmax(torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0]), 3)
+    (tensor([1., 0., 0.]), tensor([3., 3., 5.]))
+
+    Returns:
+        (minimum, maximum), or (minimum, maximum, indices of the minimum, indices of the maximum).
+    """
+    call = _checked(
+        "sliding_window_minmax", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+    )
+    return tuple(_run(x, call, "minmax"))
+
+
+for _function in (sliding_window_max, sliding_window_min, sliding_window_minmax):
+    _head, _returns = _function.__doc__.split("\n\n    Returns:")  # type: ignore[union-attr]
+    _function.__doc__ = _head + _ARGUMENTS + "\n    Returns:" + _returns

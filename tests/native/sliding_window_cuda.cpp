@@ -1,0 +1,15 @@
+// g++ -std=c++20 -O2 [-fsanitize=address,undefined] sliding_window_cuda.cpp: the CUDA kernels on a CPU.
+#include "cuda_emulator.h"
+#include "sliding_window_cuda.h"
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 120;
+  using emulator::Order;
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulator::order = order;
+    emulator::max_grid = order == Order::ascending ? int64_t(1) << 31 : 3;
+    test::check_small(rounds);
+    test::check_long(rounds / 4);
+  }
+  return test::summary();
+}
