@@ -182,7 +182,7 @@ def _register_late() -> None:
 
         while _unregistered_flops:
             operator, op = _unregistered_flops.pop()
-            register_flop_formula(op)(operator.flops)
+            register_flop_formula(op.overloadpacket)(operator.flops)
     if _unregistered_sharding and "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor.experimental import register_sharding
 

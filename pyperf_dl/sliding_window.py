@@ -12,6 +12,10 @@ from ._autograd import Operator
 from .reference import sliding_window as reference
 
 __all__ = [
+    "SlidingWindowMax",
+    "SlidingWindowMin",
+    "SlidingWindowMinMax",
+    "SlidingWindowStream",
     "sliding_window_max",
     "sliding_window_min",
     "sliding_window_minmax",
@@ -477,17 +481,21 @@ def _indices(side: _Side, call: _Call) -> torch.Tensor:
     return combined.masked_fill(none, reference.none_offset(taps)).to(reference.offset_dtype(taps))
 
 
+_MINIMA = {"max": (False,), "min": (True,), "minmax": (True, False)}
+
+
+def _neutral_for_nan(y: torch.Tensor, minimum: bool) -> torch.Tensor:
+    return y.masked_fill(y.isnan(), reference.empty_value(y.dtype, minimum, False))
+
+
 def _run(x: torch.Tensor, call: _Call, which: str) -> list[torch.Tensor]:
     """Values of each extremum, then their indices."""
     sides = _extrema(x, call, which)
     values = [s.values for s in sides]
     indices = [_indices(s, call) for s in sides] if call.return_indices else []
     if call.ignore_nan and call.min_count != 1:
-        if call.min_count == 0:  # an empty window has its neutral element, not NaN
-            neutral = {"min": [True], "max": [False], "minmax": [True, False]}[which]
-            values = [
-                y.masked_fill(y.isnan(), reference.empty_value(y.dtype, low, False)) for y, low in zip(values, neutral, strict=True)
-            ]
+        if call.min_count == 0:
+            values = [_neutral_for_nan(y, minimum) for y, minimum in zip(values, _MINIMA[which], strict=True)]
         else:
             short = _valid_count(x.detach(), call) < call.min_count
             values = [y.masked_fill(short, torch.nan) for y in values]
@@ -631,3 +639,341 @@ def sliding_window_minmax(
 for _function in (sliding_window_max, sliding_window_min, sliding_window_minmax):
     _head, _returns = _function.__doc__.split("\n\n    Returns:")  # type: ignore[union-attr]
     _function.__doc__ = _head + _ARGUMENTS + "\n    Returns:" + _returns
+
+# ---- modules ----
+
+
+class _SlidingWindow(torch.nn.Module):
+    """Keeps the arguments of one of the functions."""
+
+    def __init__(
+        self,
+        window: _Int,
+        dim: _Int = -1,
+        *,
+        stride: _Int = 1,
+        dilation: _Int = 1,
+        padding: _Padding = "valid",
+        mode: str = "constant",
+        min_count: int | None = None,
+        nan: str = "propagate",
+        ties: str = "first",
+        return_indices: bool = False,
+        index: str = "global",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.window, self.dim = window, dim
+        self.options = {
+            "stride": stride,
+            "dilation": dilation,
+            "padding": padding,
+            "mode": mode,
+            "min_count": min_count,
+            "nan": nan,
+            "ties": ties,
+            "return_indices": return_indices,
+            "index": index,
+            "recompute": recompute,
+        }
+
+    def extra_repr(self) -> str:
+        defaults = _SlidingWindow.__init__.__kwdefaults__
+        changed = [f"{k}={v!r}" for k, v in self.options.items() if v != defaults[k]]
+        return ", ".join([f"window={self.window}", f"dim={self.dim}", *changed])
+
+
+class SlidingWindowMax(_SlidingWindow):
+    """Module form of :func:`sliding_window_max`, with the same arguments after ``x``.
+
+    >>> pyperf_dl.SlidingWindowMax(3, padding="same")(torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0]))
+    tensor([3., 3., 3., 5., 5.])
+    """
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return sliding_window_max(x, self.window, self.dim, **self.options)
+
+
+class SlidingWindowMin(_SlidingWindow):
+    """Module form of :func:`sliding_window_min`, with the same arguments after ``x``."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return sliding_window_min(x, self.window, self.dim, **self.options)
+
+
+class SlidingWindowMinMax(_SlidingWindow):
+    """Module form of :func:`sliding_window_minmax`, with the same arguments after ``x``."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return sliding_window_minmax(x, self.window, self.dim, **self.options)
+
+
+# ---- streaming ----
+
+
+class _Counts(NamedTuple):
+    """Running counts of the values that are not NaN, one for each phase of the dilation."""
+
+    before: torch.Tensor  # [..., block]: at the samples of the previous block
+    current: torch.Tensor  # [..., block]: of the current block, valid up to `filled`
+    latest: torch.Tensor  # [..., dilation]
+
+
+class _StreamState(NamedTuple):
+    """What a stream knows of the past; the last dimension of every tensor is time, the first one the side (min, max).
+
+    Time is cut into blocks of one window (window * dilation samples). A window reaches from the previous block, whose
+    suffix extrema are known, into the current one, whose prefix extrema grow with each sample.
+    """
+
+    fed: int  # samples of the input so far
+    position: int  # samples so far, with the padding on the left
+    filled: int  # samples of the current block
+    block: torch.Tensor  # [sides, ..., block]: the current block, valid up to `filled`
+    suffix: torch.Tensor  # [sides, ..., block + dilation]: extrema from a sample to the end of the previous block
+    prefix: torch.Tensor  # [sides, ..., dilation]: extrema from the start of the block to the latest samples
+    counts: _Counts | None  # with min_count
+
+
+class SlidingWindowStream(torch.nn.Module):
+    """Extrema of sliding windows over a sequence that arrives in chunks, bit for bit those of the whole sequence.
+
+    ``torch.cat([stream(c) for c in chunks] + [stream.flush()], dim)`` is the offline result for any way of cutting:
+    ``sliding_window_max(torch.cat(chunks, dim), window, dim, padding=padding, ...)``. An output is returned as soon as
+    its window is complete. The state is O(window) a row; a sample costs O(1), amortised, whatever its value.
+
+    Args:
+        window: samples (taps) in a window, >= 1.
+        op: ``"max"``, ``"min"`` or ``"minmax"`` (returns a pair, minimum first).
+        dim: the time dimension of the chunks.
+        stride, dilation, nan, min_count: as for :func:`sliding_window_max`.
+        padding: ``"causal"`` (an output for each sample at once), ``"valid"``, ``"same"`` (late by half a window;
+            ``flush`` returns the rest) or ``(left, right)``.
+
+    Raises:
+        TypeError, ValueError: as the functions do; a chunk whose shape, dtype or device differs from the first one's;
+            a chunk that requires grad (a stream is for inference). The state stays as it was before the error.
+
+    ``reset()`` starts anew. ``state_dict()`` and ``load_state_dict()`` save and resume a stream.
+
+    >>> stream = pyperf_dl.SlidingWindowStream(3)
+    >>> stream(torch.tensor([1.0, 3.0])), stream(torch.tensor([2.0, 0.0, 0.0]))
+    (tensor([1., 3.]), tensor([3., 3., 2.]))
+    """
+
+    def __init__(
+        self,
+        window: int,
+        op: str = "max",
+        dim: int = -1,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str | int | Sequence[int] = "causal",
+        nan: str = "propagate",
+        min_count: int | None = None,
+    ) -> None:
+        super().__init__()
+        name = "SlidingWindowStream"
+        self.window = _checks.integer(name, "window", window, 1)
+        self.op = _checks.choice(name, "op", op, ("max", "min", "minmax"))
+        self.dim = _checks.integer(name, "dim", dim)
+        self.stride = _checks.integer(name, "stride", stride, 1)
+        self.dilation = _checks.integer(name, "dilation", dilation, 1)
+        (self.padding,) = _paddings(name, padding, 1)
+        self.nan = _checks.choice(name, "nan", nan, ("propagate", "ignore"))
+        self.min_count = None if min_count is None else _checks.integer(name, "min_count", min_count, 0)
+        if min_count is not None and nan != "ignore":
+            raise ValueError(f"{name}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}")
+        self._state: _StreamState | None = None
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, op={self.op!r}, dim={self.dim}, stride={self.stride}, padding={self.padding!r}"
+
+    # -- what a user calls --
+
+    def forward(self, chunk: torch.Tensor) -> Any:
+        """Outputs whose windows the chunk completes; the time dimension may have any length, 0 too."""
+        samples = self._checked_chunk(chunk)
+        with torch.no_grad():
+            state, before = (self._state, samples[..., :0]) if self._state else self._start(samples)
+            state, dense = self._push(state, samples)
+        self._state = state._replace(fed=state.fed + samples.shape[-1])
+        return self._outputs(torch.cat([before, dense], -1), state.position)
+
+    def flush(self) -> Any:
+        """Outputs that only the padding on the right completes; then starts anew."""
+        if self._state is None:
+            raise ValueError("SlidingWindowStream.flush: at least one chunk must come first, got none since the start")
+        with torch.no_grad():
+            state, dense = self._push(self._state, self._nothing(self._state.block, self._right(self._state)))
+        self._state = None
+        return self._outputs(dense, state.position)
+
+    def reset(self) -> None:
+        """Forgets everything that was fed."""
+        self._state = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        if self._state is None:
+            return {}
+        counts = self._state.counts
+        return self._state._asdict() | {"counts": None if counts is None else counts._asdict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        counts = state.get("counts")
+        self._state = _StreamState(**state | {"counts": counts and _Counts(**counts)}) if state else None
+
+    # -- geometry --
+
+    @property
+    def _extent(self) -> int:
+        return (self.window - 1) * self.dilation + 1
+
+    @property
+    def _block(self) -> int:
+        return self.window * self.dilation
+
+    @property
+    def _minima(self) -> tuple[bool, ...]:
+        return _MINIMA[self.op]
+
+    def _left(self) -> int:
+        words = {"causal": self._extent - 1, "same": (self._extent - 1) // 2, "valid": 0}
+        return words[self.padding] if isinstance(self.padding, str) else self.padding[0]
+
+    def _right(self, state: _StreamState) -> int:
+        if not isinstance(self.padding, str):
+            return self.padding[1]
+        if self.padding != "same" or state.fed == 0:
+            return 0
+        last_start = (state.fed - 1) // self.stride * self.stride
+        return max(0, last_start + self._extent - state.position)
+
+    def _nothing(self, like: torch.Tensor, length: int) -> torch.Tensor:
+        """Samples that change no extremum. like: [sides, ...]"""
+        ignore = self.nan == "ignore" and like.is_floating_point()
+        rows = like.shape[1:-1]
+        values = [reference.empty_value(like.dtype, minimum, ignore) for minimum in self._minima]
+        return torch.stack([like.new_full((*rows, length), value) for value in values])
+
+    def _outputs(self, dense: torch.Tensor, position: int) -> Any:
+        """Those results that are outputs: whole windows, every stride-th. dense: [sides, ..., n], the latest n samples'."""
+        first = position - dense.shape[-1] - (self._extent - 1)  # the dense window that dense[..., 0] is
+        skip = -first if first < 0 else -first % self.stride
+        out = [y.movedim(-1, self.dim) for y in dense[..., skip :: self.stride]]
+        if self.min_count == 0:
+            out = [_neutral_for_nan(y, minimum) for y, minimum in zip(out, self._minima, strict=True)]
+        return tuple(out) if self.op == "minmax" else out[0]
+
+    # -- checks --
+
+    def _checked_chunk(self, chunk: Any) -> torch.Tensor:
+        name = "SlidingWindowStream"
+        _checks.strided_tensor(name, "chunk", chunk, DTYPES)
+        if chunk.dim() == 0:
+            raise ValueError(f"{name}: chunk must have at least one dimension, got {_checks.described(chunk)}")
+        if self.min_count is not None and not chunk.is_floating_point():
+            raise TypeError(f"{name}: min_count needs a float dtype, got {chunk.dtype}")
+        if torch.is_grad_enabled() and chunk.requires_grad:
+            raise ValueError(f"{name}: chunk must not require grad; sliding_window_{self.op} is differentiable")
+        samples = chunk.detach().movedim(_checks.dimension(name, "dim", self.dim, chunk.dim()), -1)
+        if self._state is not None:
+            block = self._state.block[0]
+            same = (samples.shape[:-1], samples.dtype, samples.device) == (block.shape[:-1], block.dtype, block.device)
+            if not same:
+                first = f"{block.dtype} {list(block.shape[:-1])} on {block.device}"
+                raise ValueError(
+                    f"{name}: chunk must have the dtype, device and other dimensions of the first one ({first}), "
+                    f"got {samples.dtype} {list(samples.shape[:-1])} on {samples.device}; reset() starts anew"
+                )
+        return samples.expand(len(self._minima), *samples.shape)
+
+    # -- one step --
+
+    def _start(self, samples: torch.Tensor) -> tuple[_StreamState, torch.Tensor]:
+        """The state after the padding on the left, and its results: a wide padding completes windows by itself."""
+        block = self._nothing(samples, self._block)
+        counts = None
+        if self.min_count is not None and self.min_count > 1:
+            zeros = torch.zeros_like(block[0], dtype=torch.int64)
+            counts = _Counts(zeros, zeros, zeros[..., : self.dilation])
+        suffix, prefix = self._nothing(samples, self._block + self.dilation), self._nothing(samples, self.dilation)
+        state = _StreamState(0, 0, 0, block, suffix, prefix, counts)
+        return self._push(state, self._nothing(samples, self._left()))
+
+    def _push(self, state: _StreamState, samples: torch.Tensor) -> tuple[_StreamState, torch.Tensor]:
+        """The state after the samples, and one result for each of them. samples: [sides, ..., n]"""
+        whole = samples.shape[-1] >= 2 * self._block
+        # Of a long chunk, the windows that begin before it; all others need the chunk alone.
+        rest = samples[..., : self._extent - 1] if whole else samples
+        results = [samples[..., :0]]
+        while rest.shape[-1]:
+            n = min(rest.shape[-1], self._block - state.filled)
+            state, result = self._within_block(state, rest[..., :n])
+            results.append(result)
+            rest = rest[..., n:]
+        if whole:
+            state, result = self._whole_chunk(state, samples)
+            results.append(result)
+        return state, torch.cat(results, -1)
+
+    def _each(self, x: torch.Tensor, window: int, dilation: int, left: int, out_length: int) -> torch.Tensor:
+        """Extrema of each side. x: [sides, ..., n]"""
+        dim, ignore = x.dim() - 2, self.nan == "ignore" and x.is_floating_point()
+        return torch.stack(
+            [
+                _extremum(side, dim, window, 1, dilation, left, out_length, "constant", minimum, ignore, False)
+                for side, minimum in zip(x, self._minima, strict=True)
+            ]
+        )
+
+    def _within_block(self, state: _StreamState, part: torch.Tensor) -> tuple[_StreamState, torch.Tensor]:
+        d, n, at = self.dilation, part.shape[-1], state.filled
+        taps = (n + d - 1) // d + 1
+        prefix = self._each(torch.cat([state.prefix, part], -1), taps, d, (taps - 1) * d, n + d)
+        pair = torch.cat([state.suffix[..., at + d : at + d + n], prefix[..., d:]], -1)
+        result = self._each(pair, 2, n, 0, n)
+        # Earlier states see the block up to their own `filled` only, so it can be written on; a new block gets new memory.
+        block = state.block if at else torch.empty_like(state.block)
+        block[..., at : at + n] = part
+        counts = state.counts
+        if counts is not None:
+            current = counts.current if at else torch.empty_like(counts.current)
+            running = self._running(counts.latest, part[0])
+            current[..., at : at + n] = running[..., d:]
+            result = self._counted(result, running[..., d:] - counts.before[..., at : at + n])
+            counts = _Counts(counts.before, current, running[..., -d:])
+        state = state._replace(position=state.position + n, filled=at + n, block=block, prefix=prefix[..., -d:], counts=counts)
+        if at + n == self._block:
+            state = self._next_block(state, block)
+            if counts is not None:
+                state = state._replace(counts=counts._replace(before=counts.current))
+        return state, result
+
+    def _next_block(self, state: _StreamState, block: torch.Tensor) -> _StreamState:
+        nothing = self._nothing(block, self.dilation)
+        suffix = self._each(block, self.window, self.dilation, 0, self._block)
+        return state._replace(filled=0, suffix=torch.cat([suffix, nothing], -1), prefix=nothing)
+
+    def _whole_chunk(self, state: _StreamState, samples: torch.Tensor) -> tuple[_StreamState, torch.Tensor]:
+        n = samples.shape[-1] - self._extent + 1
+        result = self._each(samples, self.window, self.dilation, 0, n)
+        state = self._next_block(state._replace(position=state.position + n), samples[..., -self._block :])
+        if state.counts is not None:
+            running = self._running(torch.zeros_like(state.counts.latest), samples[0])[..., self.dilation :]
+            earlier = torch.nn.functional.pad(running[..., : -self._block], (self._block, 0))
+            result = self._counted(result, (running - earlier)[..., self._extent - 1 :])
+            before = running[..., -self._block :].clone()
+            state = state._replace(counts=_Counts(before, torch.empty_like(before), running[..., -self.dilation :]))
+        return state, result
+
+    def _running(self, latest: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """`latest`, then the running counts of each phase."""
+        counts = torch.cat([latest, (~samples.isnan()).to(torch.int64)], -1)
+        n = counts.shape[-1]
+        padded = torch.nn.functional.pad(counts, (0, -n % self.dilation))
+        return padded.unflatten(-1, (-1, self.dilation)).cumsum(-2).flatten(-2)[..., :n]
+
+    def _counted(self, result: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return result.masked_fill(count < self.min_count, torch.nan)

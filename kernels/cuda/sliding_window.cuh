@@ -2,6 +2,7 @@
 // the caller brings a workspace of `..._workspace_bytes(problem)` bytes (it may be null where that is 0).
 #pragma once
 
+#include "sliding_window_huge.cuh"
 #include "sliding_window_segments.cuh"
 #include "sliding_window_sums.cuh"
 #include "sliding_window_tiles.cuh"
@@ -9,14 +10,31 @@
 
 namespace pyperf::sliding_window {
 
+enum class ExtremaPath { tiles, huge, segments };
+
+// Tiles compute every dense output: with few of them wanted, or with short rows, one thread a segment does less.
 template <class Key>
-int64_t extrema_workspace_bytes(const Extrema<Key>&) {
-  return 0;
+ExtremaPath extrema_path(const Extrema<Key>& p) {
+  constexpr int64_t kSmallestTile = 512;
+  constexpr int64_t kTileStride = 16;
+  const Windows& w = p.windows;
+  const bool worth_tiles = dense_outputs(w) >= kSmallestTile && (w.stride <= kTileStride || w.stride <= w.window);
+  if (worth_tiles && tiles_fit(p)) return ExtremaPath::tiles;
+  return worth_tiles && huge_fits(p) ? ExtremaPath::huge : ExtremaPath::segments;
 }
 
 template <class Key>
-cudaError_t extrema(const Extrema<Key>& p, void*, cudaStream_t stream) {
-  return extrema_by_segments(p, stream);
+int64_t extrema_workspace_bytes(const Extrema<Key>& p) {
+  return extrema_path(p) == ExtremaPath::huge ? huge_workspace_bytes(p) : 0;
+}
+
+template <class Key>
+cudaError_t extrema(const Extrema<Key>& p, void* workspace, cudaStream_t stream) {
+  switch (extrema_path(p)) {
+    case ExtremaPath::tiles: return extrema_by_tiles(p, stream);
+    case ExtremaPath::huge: return extrema_by_huge(p, workspace, stream);
+    default: return extrema_by_segments(p, stream);
+  }
 }
 
 template <class T>

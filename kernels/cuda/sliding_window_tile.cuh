@@ -18,6 +18,11 @@ PYPERF_HD int padded_words(int64_t count) {
 }
 
 template <class Key>
+bool dense_rows(const Extrema<Key>& p) {
+  return p.lanes == 1 && p.x_stride == 1 && (p.windows.dilation == 1 || p.windows.window == 1);
+}
+
+template <class Key>
 struct RowSource {
   const Key* x;  // the row's first element
   const Windows& windows;
@@ -91,12 +96,12 @@ PYPERF_DEVICE const typename Cells::Word* load_words(const RowSource<typename Ce
   return words + skipped;
 }
 
+// The cells of a chunk whose first word stands for `position`.
 template <class Cells>
-PYPERF_DEVICE void load_chunk(const typename Cells::Word* words, int position, bool last,
-                              typename Cells::Cell (&cells)[Cells::kChunk], int first_word = 0) {
+PYPERF_DEVICE void load_chunk(const typename Cells::Word* words, uint32_t position, bool last,
+                              typename Cells::Cell (&cells)[Cells::kChunk]) {
 #pragma unroll
-  for (int v = 0; v < Cells::kChunk; ++v)
-    cells[v] = Cells::cell(words[position - first_word + v], uint32_t(position + v), last);
+  for (int v = 0; v < Cells::kChunk; ++v) cells[v] = Cells::cell(words[v], position + uint32_t(v), last);
 }
 
 template <class Cell, int kCount>

@@ -61,14 +61,16 @@ PYPERF_DEVICE void wide_windows(const typename Cells::Word* words, int64_t windo
   const int chunks = shape.threads + shape.whole;
   typename Cells::Cell other[kChunk];
   for (int c = chunk + shape.threads; c - chunk % 32 < chunks; c += shape.threads) {
-    load_chunk<Cells>(words, (c < chunks ? c : chunks - 1) * kChunk, last, other);
+    const int position = (c < chunks ? c : chunks - 1) * kChunk;
+    load_chunk<Cells>(words + position, position, last, other);
     maxima.publish(c, other, shape);
   }
-  load_chunk<Cells>(words, chunk * kChunk, last, cells);
+  load_chunk<Cells>(words + chunk * kChunk, chunk * kChunk, last, cells);
   maxima.publish(chunk, cells, shape);
   __syncthreads();
   suffix_maxima(cells, maxima.between(chunk, cells[kChunk - 1], shape));
-  load_chunk<Cells>(words, chunk * kChunk + int(window) - 1, last, other);
+  const int leading = chunk * kChunk + int(window) - 1;
+  load_chunk<Cells>(words + leading, leading, last, other);
   add_prefix_maxima(cells, other, other[0]);
 }
 
@@ -191,11 +193,6 @@ auto with_tile_cells(const Extrema<Key>& p, Use use) {
     if (p.offset == OffsetType::none) return use(PlainCells<Key>{});
     return use(WinnerCells<Key>{});
   }
-}
-
-template <class Key>
-bool dense_rows(const Extrema<Key>& p) {
-  return p.lanes == 1 && p.x_stride == 1 && (p.windows.dilation == 1 || p.windows.window == 1);
 }
 
 template <class Key>
