@@ -144,7 +144,7 @@ std::vector<Tensor> extrema(Tensor x, int64_t dim, Which which, int64_t window, 
   with_key(x.scalar_type(), [&](auto key) {
     using Key = decltype(key);
     Extrema<Key> p{};
-    p.windows = w;
+    p.windows = without_idle_taps(w, p.first_tap);
     p.x = typed<Key>(x);
     for (int i = 0; i < count; ++i) {
       const bool minimum = which == Which::both ? i == 0 : which == Which::minimum;

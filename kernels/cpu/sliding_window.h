@@ -2,7 +2,7 @@
 // prelude: <algorithm>, <cstdint>, <cstring>, <type_traits>, ../math/sliding_window.h.
 //
 // Elements are ordered keys, or keys packed with a position where offsets are asked for; either way one maximum decides.
-//   span <= 4 vectors   doubling: maxima of 2, 4, 8, ... neighbours, then two overlapping powers of two
+//   short windows       maxima of 4, 16, 64 neighbours, then the union of up to four of these
 //   above               van Herk-Gil-Werman over vectors whose lanes are independent: a vector holds the maxima of the
 //                       kLanes-wide windows at its positions, and overlap is free because a maximum is idempotent
 //   huge windows        the same with blocks of kBlock vectors; what lies between the first and the last block of a
@@ -93,6 +93,7 @@ void widen(E* s, int64_t n, int64_t span) {
 template <class Key, class E>
 struct Sequence {
   using Item = Element<Key, E>;
+  static constexpr bool kIndexed = Item::kIndexed;
 
   Windows windows;
   OrderedKey<Key> order;
@@ -103,6 +104,7 @@ struct Sequence {
   int64_t x_stride, y_stride;
   int64_t phase, phases, step;
   bool last, floating;
+  int64_t first_tap;
   int64_t origin;
 
   int64_t position(int64_t j) const { return windows.start(phase) + j * windows.dilation; }
@@ -139,7 +141,7 @@ struct Sequence {
 
   // Results k .. k + n - 1.
   void store(const E* in, int64_t k, int64_t n) const {
-    if (phases == 1 && step == 1 && y_stride == 1) {
+    if (dense()) {
       Key* to = y + k;
       const OrderedKey<Key> o = order;
       for (int64_t i = 0; i < n; ++i) to[i] = o.decode(Item::key(in[i]));
@@ -156,12 +158,12 @@ struct Sequence {
   template <class Offset>
   void store_offsets(Offset* to, const E* in, int64_t k, int64_t n) const {
     const bool last_wins = last;
-    const int64_t at = k - origin;
+    const int64_t at = k - origin - first_tap;
     const auto tap = [at, last_wins](E e, int64_t i) {
       const int64_t position = Item::position(e, last_wins);
       return position < 0 ? Offset(-1) : Offset(position - at - i);
     };
-    if (phases == 1 && step == 1 && y_stride == 1) {
+    if (dense()) {
       to += k;
       for (int64_t i = 0; i < n; ++i) to[i] = tap(in[i], i);
     } else {
@@ -169,6 +171,7 @@ struct Sequence {
     }
   }
 
+  bool dense() const { return phases == 1 && step == 1 && y_stride == 1; }
   int64_t skip(int64_t k) const { return (step - k % step) % step; }
   int64_t output(int64_t k) const { return phase + k / step * phases; }
 };
@@ -241,7 +244,7 @@ struct ColumnVectors {
       const int64_t to = s.output(begin + k + i) * s.y_stride;
       for (int64_t l = 0; l < lanes; ++l) s.y[to + l] = order.decode(Item::key(from[l]));
       if constexpr (Item::kIndexed) {
-        const int64_t at = begin + k + i - s.origin;
+        const int64_t at = begin + k + i - s.origin - s.first_tap;
         if (s.offset == OffsetType::u8) taps(static_cast<uint8_t*>(s.offsets) + to, from, at);
         if (s.offset == OffsetType::i16) taps(static_cast<int16_t*>(s.offsets) + to, from, at);
         if (s.offset == OffsetType::i32) taps(static_cast<int32_t*>(s.offsets) + to, from, at);
@@ -289,11 +292,17 @@ struct RecentMaximum {
   }
 };
 
+// Blocks that are handled together: short ones would not be worth the calls.
+template <class E>
+int64_t batch_of(int64_t block) {
+  return std::max<int64_t>(1, kBlock<E> / 2 / block);
+}
+
 template <class E>
 int64_t van_herk_elements(int64_t whole, int64_t reach) {
   const int64_t block = std::min(whole, kBlock<E>), between = std::max<int64_t>(reach - block - 1, 0);
   const int64_t full = between / block;
-  return 2 * (block + 1) * kLanes<E> + RecentMaximum<E>::elements(full) + (full + 1) * kLanes<E>;
+  return 2 * (batch_of<E>(block) * block + 1) * kLanes<E> + RecentMaximum<E>::elements(full) + (full + 1) * kLanes<E>;
 }
 
 // Windows of `reach` vectors (the last one may overlap its neighbour: it ends where the window ends).
@@ -305,9 +314,11 @@ void van_herk(const Vectors& source, E* memory) {
   const int64_t between = std::max<int64_t>(source.reach() - block - 1, 0);  // leading vectors before the own block
   const int64_t full = between / block, rest = between % block;
 
-  E* trail = memory;                    // [block + 1, L]
-  E* lead = trail + (block + 1) * L;    // [block + 1, L]
-  E* tails = lead + (block + 1) * L;    // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
+  const int64_t batch = between ? block : batch_of<E>(block) * block;
+
+  E* trail = memory;                  // [batch + 1, L]
+  E* lead = trail + (batch + 1) * L;  // [batch + 1, L]
+  E* tails = lead + (batch + 1) * L;  // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
   RecentMaximum<E> recent(full, tails + (full + 1) * L);
   const V lowest = V::fill(Vectors::lowest());
   int64_t seen = 0;  // leading blocks so far
@@ -331,51 +342,82 @@ void van_herk(const Vectors& source, E* memory) {
       remember(m, lead + (block - rest) * L);
     }
   }
-  for (int64_t first = 0; first < source.vectors(); first += block) {
-    source.trailing(trail, first, block);
-    V suffix = lowest;
+  for (int64_t first = 0; first < source.vectors(); first += batch) {
+    const int64_t wanted = std::min(batch, source.vectors() - first);
+    const int64_t made = (wanted + block - 1) / block * block;
+    source.trailing(trail, first, made);
+    V middle = lowest;
     if (between) {
-      suffix = V::load(tails + seen % (full + 1) * L);  // the oldest: full + 1 blocks ago
-      if (full) suffix = maximum(suffix, recent.get());
+      middle = V::load(tails + seen % (full + 1) * L);  // the oldest: full + 1 blocks ago
+      if (full) middle = maximum(middle, recent.get());
     }
-    for (int64_t k = block - 1; k >= 0; --k) {
-      suffix = maximum(suffix, V::load(trail + k * L));
-      suffix.store(trail + k * L);
+    for (int64_t own = 0; own < made; own += block) {
+      V suffix = middle;
+      for (int64_t k = own + block - 1; k >= own; --k) {
+        suffix = maximum(suffix, V::load(trail + k * L));
+        suffix.store(trail + k * L);
+      }
     }
-    source.leading(lead, first, block);
-    V prefix = V::load(lead);
-    for (int64_t k = 0; k < block; ++k) {
-      prefix = maximum(prefix, V::load(lead + k * L));
-      maximum(prefix, V::load(trail + k * L)).store(trail + k * L);
+    source.leading(lead, first, made);
+    V prefix = lowest;
+    for (int64_t own = 0; own < made; own += block) {
+      prefix = lowest;
+      for (int64_t k = own; k < own + block; ++k) {
+        prefix = maximum(prefix, V::load(lead + k * L));
+        maximum(prefix, V::load(trail + k * L)).store(trail + k * L);
+      }
     }
     if (between) remember(prefix, lead + (block - rest) * L);
-    source.store(trail, first, std::min(block, source.vectors() - first));
+    source.store(trail, first, wanted);
   }
 }
 
-// Short windows along a row: k-th result = maximum of two windows of the largest power of two within.
+// Short windows along a row: the window is the union of up to four windows of a power of four.
 template <class E>
-constexpr int64_t kShort = 4 * kLanes<E>;
+constexpr int64_t kShort = 16 * kLanes<E>;
 template <class E>
 constexpr int64_t kTile = (16 << 10) / int64_t(sizeof(E));
 
+// out(i, max over the parts j of s[i + at[j]]) for i in [0, n)
+template <int kParts, class E, class Out>
+void union_of(const E* s, const int64_t (&at)[4], int64_t n, const Out& out) {
+  const E *a = s + at[0], *b = s + at[1], *c = s + at[2], *d = s + at[3];
+  for (int64_t i = 0; i < n; ++i) {
+    E e = a[i];
+    if constexpr (kParts > 1) e = std::max(e, b[i]);
+    if constexpr (kParts > 2) e = std::max(e, c[i]);
+    if constexpr (kParts > 3) e = std::max(e, d[i]);
+    out(i, e);
+  }
+}
+
 template <class Key, class E>
 void short_windows(const Sequence<Key, E>& s, int64_t begin, int64_t end, E* memory) {
-  using V = Vector<E>;
   const int64_t window = s.windows.window;
   int64_t span = 1;
-  while (2 * span <= window) span *= 2;
-  const int64_t overlap = window - span;
+  while (4 * span < window) span *= 4;
+  const int64_t parts = (window + span - 1) / span;
+  int64_t at[4];
+  for (int64_t j = 0; j < 4; ++j) at[j] = std::min(j * span, window - span);
+  const auto each = [&](int64_t n, const auto& out) {
+    if (parts == 1) union_of<1>(memory, at, n, out);
+    if (parts == 2) union_of<2>(memory, at, n, out);
+    if (parts == 3) union_of<3>(memory, at, n, out);
+    if (parts == 4) union_of<4>(memory, at, n, out);
+  };
   for (int64_t k = begin; k < end; k += kTile<E>) {
     const int64_t n = std::min(kTile<E>, end - k);
     s.load(memory, k, n + window - 1);
-    widen(memory, n + overlap, span);
-    if (overlap) {
-      int64_t i = 0;
-      for (; i + V::kLanes <= n; i += V::kLanes) maximum(V::load(memory + i), V::load(memory + i + overlap)).store(memory + i);
-      for (; i < n; ++i) memory[i] = std::max(memory[i], memory[i + overlap]);
+    widen(memory, n + window - span, span);
+    if (!s.kIndexed && s.dense()) {
+      Key* __restrict y = s.y + k;
+      const OrderedKey<Key> order = s.order;
+      each(n, [=](int64_t i, E e) { y[i] = order.decode(Element<Key, E>::key(e)); });
+    } else {
+      E* in_place = memory;
+      each(n, [=](int64_t i, E e) { in_place[i] = e; });
+      s.store(memory, k, n);
     }
-    s.store(memory, k, n);
   }
 }
 
@@ -437,7 +479,7 @@ void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
           void* offsets = Item::kIndexed ? static_cast<char*>(p.offsets[o]) + y_at * int64_t(p.offset) : nullptr;
           const Sequence<Key, E> s{w,          p.key[o],   p.x + x_at,   p.y[o] + y_at, offsets, p.offset,
                                    p.x_stride, p.y_stride, phase,        phases.count,  phases.step,
-                                   p.last,     p.key[o].float_mask != 0, begin};
+                                   p.last,     p.key[o].float_mask != 0, p.first_tap, begin};
           stretch(s, begin, std::min(end, begin + longest), lanes, memory);
         }
       }

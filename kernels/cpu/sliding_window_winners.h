@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../math/half.h"
 #include "../math/sliding_window.h"
@@ -38,64 +40,78 @@ struct Winners {
   }
 };
 
-// Sum of one run in the fixed order of kLeaf and kChunk. -0 is the neutral element of addition.
+// value where keep, else -0, the neutral element of addition; by a mask, because compilers make a select a branch here,
+// and where runs end no processor can foresee.
 template <class A>
-struct RunSum {
-  A leaf = A(-0.0), chunk = A(-0.0), total = A(-0.0);
+A kept(A value, bool keep) {
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  const Bits mask = Bits(0) - Bits(keep);
+  Bits bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits = (bits & mask) | (~mask & Bits(Bits(1) << (8 * sizeof(A) - 1)));
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
 
-  void close_leaf() {
-    chunk += leaf;
-    leaf = A(-0.0);
-  }
-  void close_chunk() {
-    close_leaf();
-    total += chunk;
-    chunk = A(-0.0);
-  }
-  A take() {
-    close_chunk();
-    const A sum = total;
-    *this = RunSum();
-    return sum;
-  }
+// Where sums go: a row of gradients, rounded on the way, or a row of sums in the accumulation type.
+template <class A, class T>
+struct SumRow {
+  T* row;
+  int64_t stride;
+
+  void put(int64_t position, A sum) const { row[position * stride] = Accumulate<T>::store(sum); }
 };
 
-// Writes, through put(position, sum), every run that starts at an output in [begin, end) of a phase of `count` outputs, and
-// zeros at the positions between: those after the previous winner, and up to `stop` if the phase ends here.
-// Neighbouring ranges can so be done by different threads, with the same result.
-template <class A, class T, class Offset, class Put>
+// Writes every run that starts at an output in [begin, end) of a phase of `count` outputs, and zeros at the positions
+// between: those after the previous winner, and up to `stop` if the phase ends here. Neighbouring ranges can so be done
+// by different threads, with the same result.
+//
+// The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end.
+template <class A, class T, class Offset, class Row>
 void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end, int64_t count,
-              int64_t first_position, int64_t stop, const Put& put) {
+              int64_t first_position, int64_t stop, const Row& to) {
   constexpr int64_t none = Winners<Offset>::kNoWinner;
+  constexpr A nothing = A(-0.0);
+  constexpr int64_t kCleared = 1024;  // outputs whose winners' surroundings are cleared at once, in the cache
   int64_t before = begin - 1;
   while (before >= 0 && winner(before) == none) --before;
   const int64_t previous = before >= 0 ? winner(before) : none;
   int64_t blank = previous == none ? first_position : previous + winner.dilation;
-  int64_t run = none;
-  RunSum<A> sum;
-  const auto finish = [&] {
-    if (run == none) return;
-    for (; blank < run; blank += winner.dilation) put(blank, A(0));
-    put(run, sum.take());
-    blank = run + winner.dilation;
-    run = none;
+  const auto clear_to = [&](int64_t limit) {
+    for (; blank < limit; blank += winner.dilation) to.put(blank, A(0));
   };
-  for (int64_t c = begin; c < count; ++c) {
-    const int64_t position = winner(c);
-    if (position != run) {
-      finish();
-      if (c >= end) break;
-      run = position == previous ? none : position;
-    } else if (c >= end && run == none) {
-      break;
+
+  int64_t c = begin;
+  if (previous != none)
+    while (c < end && winner(c) == previous) ++c;  // the tail of a run that started before
+  int64_t run = none;
+  A leaf = nothing, chunk = nothing, total = nothing;
+  const auto add = [&](int64_t position) {
+    const bool same = position == run;
+    leaf = kept(leaf, same) + A(grad[c * grad_stride]);
+    chunk = kept(chunk, same);
+    total = kept(total, same);
+    run = position;
+    if (position != none) to.put(position, total + (chunk + leaf));
+    ++c;
+    if (c % kLeaf == 0) {
+      chunk += leaf;
+      leaf = nothing;
+      if (c % kChunk == 0) {
+        total += chunk;
+        chunk = nothing;
+      }
     }
-    if (run != none) sum.leaf += A(grad[c * grad_stride]);
-    if ((c + 1) % kLeaf == 0) sum.close_leaf();
-    if ((c + 1) % kChunk == 0) sum.close_chunk();
+  };
+  while (c < end) {
+    const int64_t until = std::min(c + kCleared, end);
+    int64_t last = until - 1;
+    while (last >= c && winner(last) == none) --last;
+    if (last >= c) clear_to(winner(last) + winner.dilation);
+    while (c < until) add(winner(c));
   }
-  finish();
-  if (end == count)
-    for (; blank < stop; blank += winner.dilation) put(blank, A(0));
+  while (run != none && c < count && winner(c) == run) add(run);
+  if (end == count) clear_to(stop);
 }
 
 inline int64_t remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
@@ -133,12 +149,10 @@ void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                if (from * unit >= count) continue;
                const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
                                             p.offsets_stride);
-               T* grad_x = p.grad_x + base[2] + lane;
+               const SumRow<A, T> row{p.grad_x + base[2] + lane, p.grad_x_stride};
                sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride,
                            from * unit, std::min(to * unit, count), count, remainder(w.start(phase), w.dilation), w.length,
-                           [&](int64_t position, A sum) {
-                             grad_x[position * p.grad_x_stride] = Accumulate<T>::store(sum);
-                           });
+                           row);
              }
            });
 }
@@ -164,8 +178,7 @@ void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                  const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
                                               p.offsets_stride);
                  sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride, 0,
-                             count, count, w.start(phase), w.start(phase),
-                             [&](int64_t position, A sum) { sums[position + w.left] = sum; });
+                             count, count, w.start(phase), w.start(phase), SumRow<A, A>{sums + w.left, 1});
                }
                for (int64_t j = 0; j < w.length; ++j) folded[j] = j + w.left < padded ? sums[j + w.left] : A(0);
                for (int64_t i = 0; i < padded; ++i) {

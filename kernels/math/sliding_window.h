@@ -48,6 +48,22 @@ struct Windows {
 constexpr int64_t kLeaf = 16;
 constexpr int64_t kChunk = 256;
 
+// The same windows without the taps that lie outside the row at every output, so that a window longer than the row costs
+// no more than the row. first_tap: how many were cut at the front.
+inline Windows without_idle_taps(Windows w, int64_t& first_tap) {
+  first_tap = 0;
+  if (w.edge != Edge::constant || w.out_length == 0) return w;
+  const int64_t last_start = w.start(w.out_length - 1);
+  if (last_start < 0) first_tap = (-last_start + w.dilation - 1) / w.dilation;
+  if (first_tap > w.window - 1) first_tap = w.window - 1;
+  w.left -= first_tap * w.dilation;
+  w.window -= first_tap;
+  const int64_t ahead = w.length - w.start(0);  // from the first start to the end of the row
+  const int64_t useful = ahead > 0 ? (ahead + w.dilation - 1) / w.dilation : 1;
+  if (w.window > useful) w.window = useful;
+  return w;
+}
+
 // Outputs whose windows share their elements: with dilation the row falls apart into interleaved phases.
 // Phase a holds the outputs a, a + count, a + 2 count, ...; its k-th dense window starts at position
 // start(a) + k * dilation, and output c of the phase is dense window c * step.
@@ -97,6 +113,7 @@ struct Extrema {
   int outputs;
   OffsetType offset;
   bool last;  // the last of equal elements wins, not the first
+  int64_t first_tap;  // added to every offset: taps before it were cut, for they read nothing at any output
   int64_t x_stride, y_stride;  // along the window dimension; offsets are laid out like y
   int64_t lanes;
   StridedRows<2> rows;  // x, y
