@@ -1,8 +1,9 @@
 """Fused operators for PyTorch, each with a plain reference that says exactly what it computes."""
 
+from ._autograd import decompositions
 from ._backend import backend
 from .sliding_window import *  # noqa: F403
 from .sliding_window import __all__ as _sliding_window
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", *_sliding_window]
+__all__ = ["__version__", "backend", "decompositions", *_sliding_window]

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ _library = torch.library.Library("pyperf_dl", "FRAGMENT")
 # Rules that only a dispatch mode or a tensor subclass asks for; their modules are slow to import, or import triton.
 _unregistered_flops: list[tuple[Operator, Any]] = []
 _unregistered_sharding: list[tuple[Operator, Any]] = []
+_decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 class Operator:
@@ -63,6 +65,11 @@ class Operator:
         self._triton: _Registered | None = None
         if _backend._C is not None:
             self.native = _Registered(self, name)
+        if launch is not None and _backend.triton_installed():
+            _backend.triton_registrations.append(lambda: self.triton)
+            for key in ("CUDA", "XPU"):  # also for direct calls of the operator, where nothing was compiled for a device
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyperf_dl::{name}", key):
+                    _library.impl(name, self._launched, key)
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
@@ -87,18 +94,24 @@ class Operator:
         if self._triton is None:
             if self.launch is None:
                 raise NotImplementedError(f"{self.name} has no Triton form")
-            module, function = self.launch.split(":")
             schema = str(self.native.op._schema).split("::", 1)[1].replace(self.name, f"{self.name}_triton", 1)
             _library.define(schema)
-
-            def kernel(*args: Any) -> Any:
-                import importlib
-
-                return getattr(importlib.import_module(module), function)(*args)
-
-            _library.impl(f"{self.name}_triton", kernel, "CompositeExplicitAutograd")
+            _library.impl(f"{self.name}_triton", self._launched, "CompositeExplicitAutograd")
             self._triton = _Registered(self, f"{self.name}_triton")
         return self._triton
+
+    def _launched(self, *args: Any) -> Any:
+        module, function = self.launch.split(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Every operator in plain PyTorch, for ``ExportedProgram.run_decompositions`` (ONNX export finds them by itself).
+
+    >>> table = torch.export.default_decompositions()
+    >>> table.update(pyperf_dl.decompositions())
+    """
+    return dict(_decompositions)
 
 
 class _Registered:
@@ -113,6 +126,7 @@ class _Registered:
         if operator.batch is not None:
             torch.library.register_vmap(qualified, _vmap_rule(operator, self.op), lib=_library)
         torch._decomp.register_decomposition(self.op)(operator.reference)
+        _decompositions[self.op] = operator.reference
         if operator.flops is not None:
             _unregistered_flops.append((operator, self.op))
         if operator.shard is not None:
@@ -154,13 +168,18 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
 def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in args[: operator.tensors])
-        if wanted or forward_ad._current_level >= 0:
+        tensors = args[: operator.tensors]
+        if (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(map(_has_tangent, tensors)):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return kernel
+
+
+def _has_tangent(t: torch.Tensor) -> bool:
+    """Asks the tensor itself: in a compiled forward AD level, Python's own record of the level is not kept."""
+    return torch._VF._unpack_dual(t, level=0)[1] is not None  # type: ignore[attr-defined]
 
 
 def _vmap_rule(operator: Operator, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -22,6 +25,7 @@ except ImportError as error:
 # that runs a CUDA backward.
 _forced: str | None = None
 _served: dict[str, tuple[str, str]] = {}  # device type -> (backend, reason)
+triton_registrations: list[Callable[[], Any]] = []  # of operators that Triton has not been asked for yet
 
 
 class backend:  # noqa: N801 - a context manager reads as a verb
@@ -46,6 +50,8 @@ class backend:  # noqa: N801 - a context manager reads as a verb
             raise RuntimeError(f"backend: the compiled library is not there ({native_error})")
         if name == "triton" and not triton_installed():
             raise RuntimeError("backend: triton is not installed")
+        if name == "triton":
+            _register_triton()
         self.name = name
 
     def __enter__(self) -> backend:
@@ -59,20 +65,32 @@ class backend:  # noqa: N801 - a context manager reads as a verb
         _forced = self.before
 
 
+@functools.cache
 def triton_installed() -> bool:
     return _C is not None and importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _register_triton() -> None:
+    """Registers what is waiting: a compiler that meets an operator cannot trace its registration."""
+    while triton_registrations:
+        triton_registrations.pop()()
 
 
 def serving(device_type: str) -> str:
     """The backend for tensors of a device type."""
     if _forced is not None:
         return _forced
+    return _unforced(device_type)
+
+
+@torch.compiler.assume_constant_result
+def _unforced(device_type: str) -> str:
     found = _served.get(device_type)
     if found is None:
-        found = explain(device_type)
-        _served[device_type] = found
+        found = _served[device_type] = explain(device_type)
         if found[0] == "reference":
-            warnings.warn(f"pyperf_dl: {device_type} runs the slow reference: {found[1]}", stacklevel=4)
+            warnings.warn(f"pyperf_dl: {device_type} runs the slow reference: {found[1]}", stacklevel=5)
     return found[0]
 
 
