@@ -21,11 +21,23 @@ from torch.autograd import forward_ad
 
 from . import _backend
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+
 _library = torch.library.Library("pyperf_dl", "FRAGMENT")
 # Rules that only a dispatch mode or a tensor subclass asks for; their modules are slow to import, or import triton.
 _unregistered_flops: list[tuple[Operator, Any]] = []
 _unregistered_sharding: list[tuple[Operator, Any]] = []
 _decompositions: dict[Any, Callable[..., Any]] = {}
+
+
+def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
+    for n in range(tensors):  # a loop, because a generator costs more than the call may
+        if args[n].requires_grad:
+            return True
+    return False
 
 
 class Operator:
@@ -73,18 +85,18 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        which = _backend.serving(first.device.type)
+        which = _backend.serving(first)
         if which == "reference":
             return self.reference(*args)
         registered = self.triton if which == "triton" else self.native
         if torch.compiler.is_compiling():
             return registered.op(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return registered.function.apply(*args)
-        if type(first) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        if type(first) not in _PLAIN or _len_torch_dispatch_stack():
             _register_late()
-        elif not (torch.is_grad_enabled() and any(t.requires_grad for t in args[: self.tensors])):
-            with torch._C._AutoDispatchBelowAutograd():
+        elif not (torch.is_grad_enabled() and _any_requires_grad(args, self.tensors)):
+            with _AutoDispatchBelowAutograd():
                 return registered.op(*args)
         return registered.op(*args)
 
@@ -137,7 +149,7 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
     class OperatorFunction(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with _AutoDispatchBelowAutograd():
                 return op(*args)
 
         @staticmethod
@@ -168,10 +180,9 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
 def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        tensors = args[: operator.tensors]
-        if (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(map(_has_tangent, tensors)):
+        if (torch.is_grad_enabled() and _any_requires_grad(args, operator.tensors)) or any(map(_has_tangent, args[: operator.tensors])):
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return op(*args)
 
     return kernel

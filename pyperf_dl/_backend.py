@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NAMES = ("native", "triton", "reference")
 
@@ -20,10 +21,12 @@ try:
 except ImportError as error:
     _C = None
     native_error = str(error)
+_triton_found = importlib.util.find_spec("triton") is not None
 
 # A module global on purpose: a ContextVar breaks fullgraph compilation, and a thread-local is not seen by the thread
 # that runs a CUDA backward.
 _forced: str | None = None
+_CPU = "reference" if _C is None else "native"
 _served: dict[str, tuple[str, str]] = {}  # device type -> (backend, reason)
 triton_registrations: list[Callable[[], Any]] = []  # of operators that Triton has not been asked for yet
 
@@ -65,30 +68,37 @@ class backend:  # noqa: N801 - a context manager reads as a verb
         _forced = self.before
 
 
-@functools.cache
 def triton_installed() -> bool:
-    return _C is not None and importlib.util.find_spec("triton") is not None
+    return _C is not None and _triton_found
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, which imports the compiler and triton, without those imports."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _register_triton() -> None:
     """Registers what is waiting: a compiler that meets an operator cannot trace its registration."""
     while triton_registrations:
         triton_registrations.pop()()
 
 
-def serving(device_type: str) -> str:
-    """The backend for tensors of a device type."""
+def serving(x: torch.Tensor) -> str:
+    """The backend for a tensor."""
     if _forced is not None:
         return _forced
-    return _unforced(device_type)
+    return _CPU if x.is_cpu else _unforced(x.device.type)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _unforced(device_type: str) -> str:
     found = _served.get(device_type)
     if found is None:
         found = _served[device_type] = explain(device_type)
+        if found[0] == "triton":
+            _register_triton()
         if found[0] == "reference":
             warnings.warn(f"pyperf_dl: {device_type} runs the slow reference: {found[1]}", stacklevel=5)
     return found[0]

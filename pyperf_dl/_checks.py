@@ -18,6 +18,8 @@ def described(value: Any) -> str:
 
 def integer(op: str, name: str, value: Any, minimum: int | None = None) -> int:
     """`value` as an int (a SymInt passes as it is); tensors and bools are not taken for numbers."""
+    if type(value) is int and (minimum is None or value >= minimum):
+        return value
     if isinstance(value, torch.SymInt):
         number: Any = value
     elif isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
