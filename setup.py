@@ -1,6 +1,6 @@
 """Builds pyperf_dl._C (operators, libtorch stable ABI, CPU and CUDA in one file) and pyperf_dl._host (pybind11).
 
-Environment: PYPERF_CUDA=auto|0|1, PYPERF_CUDA_ARCHS="80;90;90+PTX", MAX_JOBS. See docs/env.md.
+Environment: PYPERF_CUDA=auto|0|1, PYPERF_CUDA_ARCHS="80;90;90+PTX", PYPERF_PREBUILT=1, MAX_JOBS. See docs/env.md.
 """
 
 import hashlib
@@ -69,6 +69,13 @@ def cuda_link_flags(nvcc):
 class BuildExtensions(build_ext):
     """Compiles every source whose own text, included headers or command changed, MAX_JOBS at a time, then links."""
 
+    def run(self):
+        super().run()
+        if self.inplace:  # so that the tree itself can be imported, without an installation
+            link = ROOT / "pyperf_dl" / "_triton"
+            if not link.exists():
+                link.symlink_to(Path("..", "kernels", "triton"))
+
     def build_extension(self, ext):
         if ext.name.endswith("._host"):
             return super().build_extension(ext)
@@ -79,9 +86,17 @@ class BuildExtensions(build_ext):
         objects_dir = ROOT / "build" / "objects"  # kept between builds, whoever runs them
         objects_dir.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "c++")
-        includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
+        includes = [flag for path in [*include_paths(), sysconfig.get_path("include")] for flag in ("-isystem", path)]
         common = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        flags = [*common, "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+        flags = [
+            *common,
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wno-psabi",
+            "-Wno-unknown-pragmas",
+        ]
         flags += [f"-ffile-prefix-map={ROOT}=.", *(f"-ffile-prefix-map={p}=torch" for p in include_paths())]
         host_flags = ",".join(flag for flag in flags[len(common) :] if "=" not in flag or flag.startswith("-f"))
         cuda_flags = [*common, "--fmad=false", "-Xcompiler", host_flags, "-diag-suppress=177", *gencode_flags()]
@@ -147,6 +162,15 @@ def up_to_date(target, command, torch_version):
         return False
 
 
+def prebuilt():
+    """PYPERF_PREBUILT=1: the operators were compiled elsewhere and lie in the tree; only _host is built."""
+    if os.environ.get("PYPERF_PREBUILT", "0") != "1":
+        return False
+    if not (ROOT / "pyperf_dl" / "_C.abi3.so").exists():
+        sys.exit("PYPERF_PREBUILT=1 but there is no pyperf_dl/_C.abi3.so")
+    return True
+
+
 def extensions():
     if not compiled_platform():
         return []
@@ -156,25 +180,24 @@ def extensions():
     host = [s for s in core_sources if s.startswith("csrc/host/")]
     core = [s for s in core_sources if s not in host]
     headers = sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob("*.*h"))
-    nvcc = find_nvcc()
+    nvcc = None if prebuilt() else find_nvcc()
     facts = {
         "PYPERF_BUILD_CUDA_ARCHS": os.environ.get("PYPERF_CUDA_ARCHS", DEFAULT_ARCHS) if nvcc else "",
         "PYPERF_BUILD_NVCC": nvcc_version(nvcc) if nvcc else "",
         "PYPERF_BUILD_TORCH": installed_torch(),
         "PYPERF_VERSION": re.search(r'version = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1),
     }
-    return [
-        Extension("pyperf_dl._C", core, depends=headers, py_limited_api=not FREE_THREADED),
-        Extension(
-            "pyperf_dl._host",
-            host,
-            include_dirs=[pybind11.get_include()],
-            define_macros=[(name, json.dumps(value)) for name, value in facts.items()],
-            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}=."],
-            extra_link_args=["-s"],
-            language="c++",
-        ),
-    ]
+    operators = Extension("pyperf_dl._C", core, depends=headers, py_limited_api=not FREE_THREADED)
+    host_side = Extension(
+        "pyperf_dl._host",
+        host,
+        include_dirs=[pybind11.get_include()],
+        define_macros=[(name, json.dumps(value)) for name, value in facts.items()],
+        extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}=."],
+        extra_link_args=["-s"],
+        language="c++",
+    )
+    return [host_side] if prebuilt() else [operators, host_side]
 
 
 def nvcc_version(nvcc):

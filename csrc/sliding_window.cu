@@ -1,8 +1,7 @@
 // The family's CUDA backend.
-#include "sliding_window.h"
-
 #include "../kernels/cuda/sliding_window.cuh"
 #include "common/cuda.h"
+#include "sliding_window.h"
 
 namespace pyperf::sliding_window {
 namespace {

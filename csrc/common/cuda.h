@@ -14,12 +14,14 @@ namespace pyperf {
 
 inline void require_launched(const char* family, cudaError_t error) {
   if (error == cudaSuccess) return;
-  require(error != cudaErrorInsufficientDriver, family,
-          ": the NVIDIA driver of this machine is older than CUDA 13, with which pyperf_dl was built; update the driver, "
-          "or use pyperf_dl.backend(\"triton\")");
-  require(error != cudaErrorNoKernelImageForDevice, family,
-          ": this build of pyperf_dl has no code for this GPU; build it with PYPERF_CUDA_ARCHS set to its architecture, "
-          "or use pyperf_dl.backend(\"triton\")");
+  require(
+      error != cudaErrorInsufficientDriver, family,
+      ": the NVIDIA driver of this machine is older than CUDA 13, with which pyperf_dl was built; update the driver, "
+      "or use pyperf_dl.backend(\"triton\")");
+  require(
+      error != cudaErrorNoKernelImageForDevice, family,
+      ": this build of pyperf_dl has no code for this GPU; build it with PYPERF_CUDA_ARCHS set to its architecture, "
+      "or use pyperf_dl.backend(\"triton\")");
   require(false, family, ": CUDA reports ", cudaGetErrorString(error));
 }
 

@@ -82,17 +82,18 @@ void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride,
   };
 
   int64_t c = begin;
+  const auto continues = [&](int64_t position, int64_t run) { return position == run || position == none; };
   if (previous != none)
-    while (c < end && winner(c) == previous) ++c;  // the tail of a run that started before
+    while (c < end && continues(winner(c), previous)) ++c;  // the tail of a run that started before
   int64_t run = none;
   A leaf = nothing, chunk = nothing, total = nothing;
-  const auto add = [&](int64_t position) {
-    const bool same = position == run;
-    leaf = kept(leaf, same) + A(grad[c * grad_stride]);
+  const auto add = [&](int64_t position) {  // an output without a winner is passed over, also within a run
+    const bool same = continues(position, run);
+    leaf = kept(leaf, same) + kept(A(grad[c * grad_stride]), position != none);
     chunk = kept(chunk, same);
     total = kept(total, same);
-    run = position;
-    if (position != none) to.put(position, total + (chunk + leaf));
+    run = position == none ? run : position;
+    if (run != none) to.put(run, total + (chunk + leaf));
     ++c;
     if (c % kLeaf == 0) {
       chunk += leaf;
@@ -110,7 +111,7 @@ void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride,
     if (last >= c) clear_to(winner(last) + winner.dilation);
     while (c < until) add(winner(c));
   }
-  while (run != none && c < count && winner(c) == run) add(run);
+  while (run != none && c < count && continues(winner(c), run)) add(winner(c));
   if (end == count) clear_to(stop);
 }
 

@@ -4,7 +4,7 @@
 
 #include "sliding_window_huge.cuh"
 #include "sliding_window_segments.cuh"
-#include "sliding_window_sums.cuh"
+#include "sliding_window_sums_tiles.cuh"
 #include "sliding_window_tiles.cuh"
 #include "sliding_window_winners.cuh"
 
@@ -39,12 +39,12 @@ cudaError_t extrema(const Extrema<Key>& p, void* workspace, cudaStream_t stream)
 
 template <class T>
 int64_t winner_sums_workspace_bytes(const WinnerSums<T>& p) {
-  return chunked_sums_workspace_bytes(p);
+  return sums_tiles_fit(p) ? 0 : chunked_sums_workspace_bytes(p);
 }
 
 template <class T>
 cudaError_t winner_sums(const WinnerSums<T>& p, void* workspace, cudaStream_t stream) {
-  return winner_sums_by_chunks(p, workspace, stream);
+  return sums_tiles_fit(p) ? winner_sums_by_tiles(p, stream) : winner_sums_by_chunks(p, workspace, stream);
 }
 
 }  // namespace pyperf::sliding_window

@@ -29,15 +29,21 @@ PYPERF_DEVICE Winner<Key> larger(Winner<Key> a, Winner<Key> b) {
 
 template <class Cell>
 PYPERF_DEVICE Cell shuffle_up(Cell cell, int delta, int width = 32) {
-  if constexpr (sizeof(Cell) < 4) return Cell(__shfl_up_sync(cuda::kWholeWarp, int32_t(cell), delta, width));
-  else if constexpr (sizeof(Cell) == 4) return __shfl_up_sync(cuda::kWholeWarp, cell, delta, width);
-  else return Cell(__shfl_up_sync(cuda::kWholeWarp, (long long)(cell), delta, width));
+  if constexpr (sizeof(Cell) < 4)
+    return Cell(__shfl_up_sync(cuda::kWholeWarp, int32_t(cell), delta, width));
+  else if constexpr (sizeof(Cell) == 4)
+    return __shfl_up_sync(cuda::kWholeWarp, cell, delta, width);
+  else
+    return Cell(__shfl_up_sync(cuda::kWholeWarp, (long long)(cell), delta, width));
 }
 template <class Cell>
 PYPERF_DEVICE Cell shuffle_down(Cell cell, int delta, int width = 32) {
-  if constexpr (sizeof(Cell) < 4) return Cell(__shfl_down_sync(cuda::kWholeWarp, int32_t(cell), delta, width));
-  else if constexpr (sizeof(Cell) == 4) return __shfl_down_sync(cuda::kWholeWarp, cell, delta, width);
-  else return Cell(__shfl_down_sync(cuda::kWholeWarp, (long long)(cell), delta, width));
+  if constexpr (sizeof(Cell) < 4)
+    return Cell(__shfl_down_sync(cuda::kWholeWarp, int32_t(cell), delta, width));
+  else if constexpr (sizeof(Cell) == 4)
+    return __shfl_down_sync(cuda::kWholeWarp, cell, delta, width);
+  else
+    return Cell(__shfl_down_sync(cuda::kWholeWarp, (long long)(cell), delta, width));
 }
 template <class Key>
 PYPERF_DEVICE Winner<Key> shuffle_up(Winner<Key> cell, int delta, int width = 32) {
@@ -75,10 +81,23 @@ PYPERF_DEVICE int64_t load_tap(const void* offsets, OffsetType type, int64_t ind
                                  : int64_t(static_cast<const int32_t*>(offsets)[index]);
 }
 
+// Positions that a winner can have; whatever else saved offsets may say counts as no winner.
+struct WinnerRange {
+  int64_t low, high;
+
+  PYPERF_DEVICE explicit WinnerRange(const Windows& w)
+      : low(w.edge == Edge::constant ? 0 : -w.left),
+        high(w.edge == Edge::constant ? w.length : w.padded_length() - w.left) {}
+  PYPERF_DEVICE bool holds(int64_t position) const { return position >= low && position < high; }
+};
+
 PYPERF_DEVICE void store_tap(void* offsets, OffsetType type, int64_t index, int64_t tap) {
-  if (type == OffsetType::u8) static_cast<uint8_t*>(offsets)[index] = uint8_t(tap);
-  else if (type == OffsetType::i16) static_cast<int16_t*>(offsets)[index] = int16_t(tap);
-  else static_cast<int32_t*>(offsets)[index] = int32_t(tap);
+  if (type == OffsetType::u8)
+    static_cast<uint8_t*>(offsets)[index] = uint8_t(tap);
+  else if (type == OffsetType::i16)
+    static_cast<int16_t*>(offsets)[index] = int16_t(tap);
+  else
+    static_cast<int32_t*>(offsets)[index] = int32_t(tap);
 }
 
 // ---- cells of a tile: what a block keeps in shared memory (words) and in registers (cells) ----
@@ -109,10 +128,11 @@ struct PlainCells {
   static constexpr int kChunk = sizeof(K) == 4 ? 17 : 9;
   static constexpr int kGranule = 16 / int(sizeof(K));
   static constexpr int kMaxThreads = sizeof(K) == 4 ? 256 : 512;
-  static constexpr int kMinBlocks = sizeof(K) == 4 ? 3 : 2;
+  static constexpr int kMinBlocks = sizeof(K) == 4 ? 4 : 2;
   static constexpr bool kWinners = false;
 
   PYPERF_DEVICE static Word word(Key low, Key) { return low; }
+  PYPERF_DEVICE static Word encode(const OrderedKey<Key>& key, Key low, Key) { return word(key.encode(low), 0); }
   PYPERF_DEVICE static Cell cell(Word word, uint32_t, bool) { return word; }
   PYPERF_DEVICE static Single half(Cell cell, int) { return cell; }
   PYPERF_DEVICE static Cell join(Single low, Single) { return low; }
@@ -120,6 +140,16 @@ struct PlainCells {
   PYPERF_DEVICE static Single moved(Single cell, uint32_t, bool) { return cell; }
   PYPERF_DEVICE static Key key(Single cell) { return cell; }
 };
+
+// OrderedKey::encode on both halves at once.
+PYPERF_DEVICE uint32_t encode_pair(const OrderedKey<int16_t>& key, uint32_t bits) {
+  auto twice = [](int16_t value) { return uint32_t(uint16_t(value)) * 0x10001u; };
+  auto spread = [](uint32_t word) { return (word >> 15 & 0x10001u) * 0xffffu; };  // the top bit of a half to all of it
+  const uint32_t b = bits ^ twice(key.pre);
+  const uint32_t ordered = b ^ (spread(b) & twice(key.float_mask));
+  const uint32_t nan = spread((b & 0x7fff7fffu) + twice(int16_t(0x7fff - key.infinity)));  // no half carries over
+  return (ordered & ~nan) | (twice(key.nan) & nan);
+}
 
 // Values of 8 and 16 bits.
 template <class K>
@@ -132,10 +162,16 @@ struct PairedCells {
   static constexpr int kChunk = 17;
   static constexpr int kGranule = 8;
   static constexpr int kMaxThreads = 256;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = 4;
   static constexpr bool kWinners = false;
 
   PYPERF_DEVICE static Word word(Key low, Key high) { return (uint32_t(high) << 16) | (uint32_t(low) & 0xffffu); }
+  PYPERF_DEVICE static Word encode(const OrderedKey<Key>& key, Key low, Key high) {
+    if constexpr (sizeof(Key) == 2)
+      return encode_pair(key, word(low, high));
+    else
+      return word(key.encode(low), key.encode(high));
+  }
   PYPERF_DEVICE static Cell cell(Word word, uint32_t, bool) { return {word}; }
   PYPERF_DEVICE static Single half(Cell cell, int n) { return int16_t(n ? cell.keys >> 16 : cell.keys); }
   PYPERF_DEVICE static Cell join(Single low, Single high) { return {word(Key(low), Key(high))}; }
@@ -155,10 +191,11 @@ struct NarrowWinnerCells {
   static constexpr int kChunk = 17;
   static constexpr int kGranule = 8;
   static constexpr int kMaxThreads = 256;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = 4;
   static constexpr bool kWinners = true;
 
   PYPERF_DEVICE static Word word(Key low, Key) { return int32_t(uint32_t(int32_t(low)) << 16); }
+  PYPERF_DEVICE static Word encode(const OrderedKey<Key>& key, Key low, Key) { return word(key.encode(low), 0); }
   PYPERF_DEVICE static Cell cell(Word word, uint32_t position, bool last) {
     return word | int32_t(rank(position, last) & 0xffffu);
   }
@@ -182,6 +219,7 @@ struct WinnerCells {
   static constexpr bool kWinners = true;
 
   PYPERF_DEVICE static Word word(Key low, Key) { return low; }
+  PYPERF_DEVICE static Word encode(const OrderedKey<Key>& key, Key low, Key) { return word(key.encode(low), 0); }
   PYPERF_DEVICE static Cell cell(Word word, uint32_t position, bool last) {
     return int64_t(uint64_t(uint32_t(word)) << 32 | rank(position, last));
   }
@@ -210,9 +248,8 @@ struct WinnerCells<int64_t> {
   static constexpr bool kWinners = true;
 
   PYPERF_DEVICE static Word word(Key low, Key) { return low; }
-  PYPERF_DEVICE static Cell cell(Word word, uint32_t position, bool last) {
-    return {word, rank(position, last)};
-  }
+  PYPERF_DEVICE static Word encode(const OrderedKey<Key>& key, Key low, Key) { return word(key.encode(low), 0); }
+  PYPERF_DEVICE static Cell cell(Word word, uint32_t position, bool last) { return {word, rank(position, last)}; }
   PYPERF_DEVICE static Single half(Cell cell, int) { return cell; }
   PYPERF_DEVICE static Cell join(Single low, Single) { return low; }
   PYPERF_DEVICE static Single lowest() { return {OrderedKey<Key>::kLowest, 0}; }

@@ -9,11 +9,12 @@
 namespace pyperf::sliding_window {
 
 constexpr int64_t kGroup = 64;
+constexpr int kHugeThreads = 256;
 
 struct HugeShape {
   int threads;
-  int64_t output_tiles;  // of one row, a multiple of the halves of a word
-  int64_t tiles, groups; // of one row
+  int64_t output_tiles;   // of one row, a multiple of the halves of a word
+  int64_t tiles, groups;  // of one row
   int64_t rows;
   int64_t whole;
   int rest;
@@ -49,7 +50,7 @@ PYPERF_DEVICE Cell block_maximum(Cell value, Cell* scratch) {
 }
 
 template <class Cells>
-__global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
+__global__ void __launch_bounds__(kHugeThreads, 2)
     tile_maxima_kernel(Extrema<typename Cells::Key> p, HugeShape shape, void* workspace) {
   using Cell = typename Cells::Cell;
   const int tile_words = shape.threads * Cells::kChunk;
@@ -63,8 +64,8 @@ __global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
     for (int n = 0; n < p.outputs; ++n) {
       const int64_t tile = at.remainder * Cells::kHalves;
       const int64_t first = tile * tile_words - line_shift(p.y[n] + row[1], p.windows, p.y_stride);
-      const auto* loaded = load_words<Cells>({p.x + row[0], p.windows, p.key[n]}, first - p.windows.left, tile_words,
-                                             tile_words, words);
+      const auto* loaded =
+          load_words<Cells>({p.x + row[0], p.windows, p.key[n]}, first - p.windows.left, tile_words, tile_words, words);
       __syncthreads();
       Cell whole = lowest_cell<Cells>(), head = whole;
       for (int e = int(threadIdx.x); e < tile_words; e += shape.threads) {
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
 }
 
 template <class Cells>
-__global__ void __launch_bounds__(128) group_maxima_kernel(HugeShape shape, int64_t rows_and_outputs, bool last,
-                                                           void* workspace) {
+__global__ void __launch_bounds__(128)
+    group_maxima_kernel(HugeShape shape, int64_t rows_and_outputs, bool last, void* workspace) {
   const uint32_t tile_words = uint32_t(shape.threads) * Cells::kChunk;
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < rows_and_outputs * shape.groups;
@@ -123,6 +124,13 @@ PYPERF_DEVICE typename Cells::Single part_between(const TileMaxima<typename Cell
   return found;
 }
 
+template <class Cells>
+PYPERF_DEVICE typename Cells::Cell chunk_maximum(const typename Cells::Word* words, uint32_t position, bool last) {
+  typename Cells::Cell cells[Cells::kChunk];
+  load_chunk<Cells>(words, position, last, cells);
+  return maximum(cells);
+}
+
 // The maximum of the chunks of the threads behind this one, and before it; a barrier lies between the two steps.
 template <class Cells>
 struct NeighbourScan {
@@ -152,7 +160,7 @@ struct NeighbourScan {
 };
 
 template <class Cells>
-__global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
+__global__ void __launch_bounds__(kHugeThreads, 2)
     huge_kernel(Extrema<typename Cells::Key> p, HugeShape shape, void* workspace) {
   using Key = typename Cells::Key;
   using Cell = typename Cells::Cell;
@@ -175,27 +183,28 @@ __global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
       Key* y = p.y[n] + row[1];
       const int64_t tile = at.remainder * Cells::kHalves;
       const int64_t first = tile * tile_words - line_shift(y, p.windows, p.y_stride);
-      if (first >= dense) break;
+      if (first >= dense) continue;  // the shift differs from one y to the other
       const RowSource<Key> source{p.x + row[0], p.windows, p.key[n]};
       const int64_t begin = first - p.windows.left;
       const auto* own = load_words<Cells>(source, begin, tile_words, tile_words, words);
-      const auto* leading = load_words<Cells>(source, begin + p.windows.window - 1, tile_words, tile_words,
-                                              words + buffer_words);
+      const auto* leading =
+          load_words<Cells>(source, begin + p.windows.window - 1, tile_words, tile_words, words + buffer_words);
       const TileMaxima<typename Cells::Single> maxima(workspace, shape, at.quotient * p.outputs + n);
       const auto low = part_between<Cells>(maxima, tile, shape, p.last);
       const auto high = Cells::kHalves == 2 ? part_between<Cells>(maxima, tile + 1, shape, p.last) : low;
       const Cell between = block_maximum(Cells::join(low, high), scratch);
 
-      Cell cells[kChunk], other[kChunk];
       NeighbourScan<Cells> behind{scratch + 32, between}, before{scratch + 64, between};
-      load_chunk<Cells>(own + position, uint32_t(position), p.last, cells);
-      behind.begin_behind(maximum(cells));
-      load_chunk<Cells>(leading + position, uint32_t(position + p.windows.window - 1), p.last, other);
-      before.begin_before(maximum(other));
+      behind.begin_behind(chunk_maximum<Cells>(own + position, uint32_t(position), p.last));
+      const uint32_t leading_position = uint32_t(position + p.windows.window - 1);
+      before.begin_before(chunk_maximum<Cells>(leading + position, leading_position, p.last));
       __syncthreads();
+      Cell cells[kChunk], other[kChunk];
+      load_chunk<Cells>(own + position, uint32_t(position), p.last, cells);
       suffix_maxima(cells, larger(between, behind.over_warps(warp + 1, warps)));
+      load_chunk<Cells>(leading + position, leading_position, p.last, other);
       add_prefix_maxima(cells, other, before.over_warps(0, warp));
-      const TileOutput<Key> out{p.windows, p.key[n], y,     p.offsets[n], row[1],
+      const TileOutput<Key> out{p.windows, p.key[n], y,          p.offsets[n], row[1],
                                 p.offset,  p.last,   p.y_stride, first,        dense};
       write_tile<Cells>(out, cells, words, taps);
     }
@@ -222,7 +231,7 @@ HugeShape huge_shape(const Extrema<typename Cells::Key>& p, int threads) {
 template <class Cells>
 HugeShape best_huge_shape(const Extrema<typename Cells::Key>& p) {
   constexpr int64_t kEnoughBlocks = 512;
-  int threads = Cells::kMaxThreads;
+  int threads = kHugeThreads;
   while (threads > 64) {
     const HugeShape shape = huge_shape<Cells>(p, threads);
     if (shape.whole && shape.rows * shape.output_tiles >= kEnoughBlocks * Cells::kHalves) break;
@@ -234,8 +243,10 @@ HugeShape best_huge_shape(const Extrema<typename Cells::Key>& p) {
 template <class Key, class Use>
 auto with_huge_cells(const Extrema<Key>& p, Use use) {
   if (p.offset != OffsetType::none) return use(WinnerCells<Key>{});
-  if constexpr (sizeof(Key) <= 2) return use(PairedCells<Key>{});
-  else return use(PlainCells<Key>{});
+  if constexpr (sizeof(Key) <= 2)
+    return use(PairedCells<Key>{});
+  else
+    return use(PlainCells<Key>{});
 }
 
 template <class Key>

@@ -19,11 +19,11 @@ struct SegmentWalk {
 
   const Extrema<Key>& p;
   const OrderedKey<Key>& key;
-  int n;                      // which of the extrema
-  const Key* x;               // the row's first element, this thread's lane
-  int64_t y_row;              // the same for y and offsets
+  int n;          // which of the extrema
+  const Key* x;   // the row's first element, this thread's lane
+  int64_t y_row;  // the same for y and offsets
   int64_t phase;
-  int64_t begin, end;         // outputs of the phase
+  int64_t begin, end;  // outputs of the phase
   Phases phases;
 
   PYPERF_DEVICE int64_t output(int64_t c) const { return phase + c * phases.count; }
@@ -31,15 +31,19 @@ struct SegmentWalk {
 
   // Dense window k of the segment starts at the k-th position.
   PYPERF_DEVICE Cell lowest() const {
-    if constexpr (kOffsets) return {OrderedKey<Key>::kLowest, 0};
-    else return OrderedKey<Key>::kLowest;
+    if constexpr (kOffsets)
+      return {OrderedKey<Key>::kLowest, 0};
+    else
+      return OrderedKey<Key>::kLowest;
   }
   PYPERF_DEVICE Cell at(int64_t k) const {
     const Windows& w = p.windows;
     const int64_t source = w.source(w.start(output(begin)) + k * w.dilation);
     const Key found = source < 0 ? OrderedKey<Key>::kLowest : key.encode(x[source * p.x_stride]);
-    if constexpr (kOffsets) return {found, rank(uint32_t(k), p.last)};
-    else return found;
+    if constexpr (kOffsets)
+      return {found, rank(uint32_t(k), p.last)};
+    else
+      return found;
   }
 
   PYPERF_DEVICE void park(int64_t c, Cell cell) const {
@@ -105,8 +109,9 @@ __global__ void __launch_bounds__(128) segments_kernel(Extrema<Key> p, SegmentSh
     int64_t row[2];
     p.rows.offsets(segment.quotient, row);
     for (int n = 0; n < p.outputs; ++n)
-      SegmentWalk<Key, kOffsets>{p,     p.key[n], n,   p.x + row[0] + lane.remainder, row[1] + lane.remainder,
-                                 phase.remainder, begin, end, phases}.run();
+      SegmentWalk<Key, kOffsets>{
+          p, p.key[n], n, p.x + row[0] + lane.remainder, row[1] + lane.remainder, phase.remainder, begin, end, phases}
+          .run();
   }
 }
 
@@ -119,9 +124,8 @@ cudaError_t extrema_by_segments(const Extrema<Key>& p, cudaStream_t stream) {
   shape.segments = (phases.outputs(p.windows, 0) + shape.outputs - 1) / shape.outputs;
   shape.items = p.rows.count * shape.segments * phases.count * p.lanes;
   const int64_t blocks = (shape.items + kThreads - 1) / kThreads;
-  return p.offset == OffsetType::none
-             ? cuda::launch(segments_kernel<Key, false>, blocks, kThreads, 0, stream, p, shape)
-             : cuda::launch(segments_kernel<Key, true>, blocks, kThreads, 0, stream, p, shape);
+  return p.offset == OffsetType::none ? cuda::launch(segments_kernel<Key, false>, blocks, kThreads, 0, stream, p, shape)
+                                      : cuda::launch(segments_kernel<Key, true>, blocks, kThreads, 0, stream, p, shape);
 }
 
 }  // namespace pyperf::sliding_window

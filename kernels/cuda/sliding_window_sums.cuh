@@ -11,13 +11,41 @@
 
 namespace pyperf::sliding_window {
 
-// The first and the last run of a chunk (one and the same where runs == 1).
-template <class Sum>
-struct ChunkEnds {
-  int64_t first, last;  // positions
+// The first and the last run of a stretch of outputs (one and the same where runs == 1).
+template <class Position, class Sum>
+struct RunEnds {
+  Position first, last;
   Sum first_sum, last_sum;
-  int64_t runs;
+  int32_t runs;  // two stands for more
 };
+
+template <class Sum>
+using ChunkEnds = RunEnds<int64_t, Sum>;
+
+enum class RunBegin { before, here, nothing_before };
+
+// Where a stretch's first run begins; previous(k) is the k-th stretch before it, null where none can hold the winner.
+template <class Ends, class Previous>
+PYPERF_DEVICE RunBegin first_run_begin(const Ends& ends, Previous previous) {
+  for (int64_t k = 1; const Ends* other = previous(k); ++k)
+    if (other->runs) return other->last == ends.first ? RunBegin::before : RunBegin::here;
+  return RunBegin::nothing_before;
+}
+
+// Adds to a stretch's last run what it has in the stretches next(1), next(2), ... up to null; `open`: it may go on.
+template <class Ends, class Next>
+PYPERF_DEVICE auto whole_last_run(const Ends& ends, bool& open, Next next) {
+  auto sum = ends.last_sum;
+  open = false;
+  for (int64_t k = 1; const Ends* other = next(k); ++k) {
+    if (other->runs == 0) continue;
+    if (other->first != ends.last) return sum;
+    sum += other->first_sum;
+    if (other->runs > 1) return sum;
+  }
+  open = true;
+  return sum;
+}
 
 template <class T>
 struct SumsWorkspace {
@@ -58,8 +86,10 @@ struct SumSink {
         lanes(p.lanes) {}
 
   PYPERF_DEVICE void write(int64_t position, Sum sum) const {
-    if (padded) padded[(position + left) * lanes] = sum;
-    else grad_x[position * grad_x_stride] = Accumulate<T>::store(sum);
+    if (padded)
+      padded[(position + left) * lanes] = sum;
+    else
+      grad_x[position * grad_x_stride] = Accumulate<T>::store(sum);
   }
 };
 
@@ -82,6 +112,7 @@ template <class T>
 __global__ void __launch_bounds__(128) chunk_sums_kernel(WinnerSums<T> p, SumsWorkspace<T> work) {
   using Sum = typename Accumulate<T>::type;
   const Phases phases(p.windows);
+  const WinnerRange range(p.windows);
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < work.items; item += threads) {
     const ChunkItem<T> at(item, p, phases, work.chunks);
@@ -97,8 +128,10 @@ __global__ void __launch_bounds__(128) chunk_sums_kernel(WinnerSums<T> p, SumsWo
     int64_t winner = 0;
     auto close = [&] {
       run.add(leaf);
-      if (ends.runs == 1) ends.first = winner, ends.first_sum = run.sum;
-      else if (ends.runs > 1) sink.write(winner, run.sum);
+      if (ends.runs == 1)
+        ends.first = winner, ends.first_sum = run.sum;
+      else if (ends.runs > 1)
+        sink.write(winner, run.sum);
     };
     for (int64_t c = begin; c < end; ++c) {
       const int64_t i = at.phase + c * phases.count;
@@ -107,8 +140,8 @@ __global__ void __launch_bounds__(128) chunk_sums_kernel(WinnerSums<T> p, SumsWo
         run.add(leaf);
         leaf = {};
       }
-      if (tap < 0) continue;
       const int64_t position = p.windows.start(i) + tap * p.windows.dilation;
+      if (tap < 0 || !range.holds(position)) continue;
       if (ends.runs == 0 || position != winner) {
         close();
         run = {}, leaf = {};
@@ -124,59 +157,40 @@ __global__ void __launch_bounds__(128) chunk_sums_kernel(WinnerSums<T> p, SumsWo
   }
 }
 
-// Adds to a run that reaches the end of its chunk what it has in the chunks behind; no window that starts behind the
-// winner can continue it.
-template <class T>
-PYPERF_DEVICE typename Accumulate<T>::type whole_run(const WinnerSums<T>& p, const SumsWorkspace<T>& work,
-                                                     const Phases& phases, int64_t item, const ChunkItem<T>& at) {
-  auto sum = work.ends[item].last_sum;
-  const int64_t winner = work.ends[item].last;
-  for (int64_t chunk = at.chunk + 1; chunk < work.chunks; ++chunk) {
-    if (p.windows.start(at.phase + chunk * kChunk * phases.count) > winner) break;
-    const ChunkEnds<typename Accumulate<T>::type>& next = work.ends[item + (chunk - at.chunk) * p.lanes];
-    if (next.runs == 0) continue;
-    if (next.first != winner) break;
-    sum += next.first_sum;
-    if (next.runs > 1) break;
-  }
-  return sum;
-}
-
-// Does the chunk's first run begin in it, or in a chunk before?
-template <class T>
-PYPERF_DEVICE bool first_run_begins_here(const WinnerSums<T>& p, const SumsWorkspace<T>& work, const Phases& phases,
-                                         int64_t item, const ChunkItem<T>& at) {
-  const int64_t winner = work.ends[item].first;
-  for (int64_t chunk = at.chunk - 1; chunk >= 0; --chunk) {
-    const int64_t last_output = at.phase + (chunk * kChunk + kChunk - 1) * phases.count;
-    if (p.windows.start(last_output) + p.windows.extent() <= winner) return true;
-    const ChunkEnds<typename Accumulate<T>::type>& before = work.ends[item - (at.chunk - chunk) * p.lanes];
-    if (before.runs) return before.last != winner;
-  }
-  return true;
-}
-
 template <class T>
 __global__ void __launch_bounds__(128) crossing_sums_kernel(WinnerSums<T> p, SumsWorkspace<T> work) {
+  using Sum = typename Accumulate<T>::type;
   const Phases phases(p.windows);
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < work.items; item += threads) {
-    const auto ends = work.ends[item];
+    const ChunkEnds<Sum> ends = work.ends[item];
     if (ends.runs == 0) continue;
     const ChunkItem<T> at(item, p, phases, work.chunks);
+    const ChunkEnds<Sum>* own = work.ends + item;
+    auto start = [&](int64_t chunk, int64_t output) {
+      return p.windows.start(at.phase + (chunk * kChunk + output) * phases.count);
+    };
+    const RunBegin begin = first_run_begin(ends, [&](int64_t k) {
+      const bool reached = at.chunk >= k && start(at.chunk - k, kChunk - 1) + p.windows.extent() > ends.first;
+      return reached ? own - k * p.lanes : nullptr;
+    });
+    bool open;
+    const Sum sum = whole_last_run(ends, open, [&](int64_t k) {
+      const bool reached = at.chunk + k < work.chunks && start(at.chunk + k, 0) <= ends.last;
+      return reached ? own + k * p.lanes : nullptr;
+    });
     int64_t row[3];
     p.rows.offsets(at.row, row);
     const SumSink<T> sink(p, work, at.row, row[2], at.lane);
-    const bool begins = first_run_begins_here(p, work, phases, item, at);
-    if (begins && ends.runs > 1) sink.write(ends.first, ends.first_sum);
-    if (begins || ends.runs > 1) sink.write(ends.last, whole_run(p, work, phases, item, at));
+    if (begin != RunBegin::before && ends.runs > 1) sink.write(ends.first, ends.first_sum);
+    if (begin != RunBegin::before || ends.runs > 1) sink.write(ends.last, sum);
   }
 }
 
 // What no run reaches is zero.
 template <class T>
-__global__ void __launch_bounds__(256) zero_sums_kernel(WinnerSums<T> p, SumsWorkspace<T> work, int64_t positions,
-                                                        int64_t items) {
+__global__ void __launch_bounds__(256)
+    zero_sums_kernel(WinnerSums<T> p, SumsWorkspace<T> work, int64_t positions, int64_t items) {
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < items; item += threads) {
     if (work.padded) {
@@ -204,8 +218,9 @@ PYPERF_DEVICE void for_each_image(const Windows& w, int64_t j, Visit visit) {
     return;
   }
   const bool single = w.edge == Edge::mirror && w.length == 1;
-  const int64_t period = w.edge == Edge::wrap || single ? w.length : w.edge == Edge::reflect ? 2 * w.length
-                                                                                              : 2 * w.length - 2;
+  const int64_t period = w.edge == Edge::wrap || single ? w.length
+                         : w.edge == Edge::reflect      ? 2 * w.length
+                                                        : 2 * w.length - 2;
   const int64_t twin = w.edge == Edge::reflect ? period - 1 - j : w.edge == Edge::mirror && !single ? period - j : j;
   int64_t base = low / period * period;
   if (base > low) base -= period;

@@ -35,47 +35,54 @@ struct RowSource {
   PYPERF_DEVICE bool inside(int64_t begin, int64_t end) const { return begin >= 0 && end <= windows.length; }
 };
 
-template <class Cells, bool kInside>
-PYPERF_DEVICE void load_granule(const RowSource<typename Cells::Key>& row, int64_t begin,
-                                typename Cells::Key (&keys)[Cells::kGranule]) {
-  using Key = typename Cells::Key;
-  constexpr int kBytes = Cells::kGranule * int(sizeof(Key));
-  if (kInside || row.inside(begin, begin + Cells::kGranule)) {
-    if constexpr (kBytes == 16) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(row.x + begin);
-      memcpy(keys, &raw, kBytes);
-    } else {
-      const uint64_t raw = *reinterpret_cast<const uint64_t*>(row.x + begin);
-      memcpy(keys, &raw, kBytes);
-    }
-#pragma unroll
-    for (int j = 0; j < Cells::kGranule; ++j) keys[j] = row.key.encode(keys[j]);
+template <class Cells>
+PYPERF_DEVICE void load_granule(const typename Cells::Key* from, typename Cells::Key (&bits)[Cells::kGranule]) {
+  if constexpr (sizeof bits == 16) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    memcpy(bits, &raw, sizeof bits);
   } else {
-    for (int j = 0; j < Cells::kGranule; ++j) keys[j] = row.at(begin + j);
+    const uint64_t raw = *reinterpret_cast<const uint64_t*>(from);
+    memcpy(bits, &raw, sizeof bits);
   }
 }
 
+template <class Cells>
+PYPERF_DEVICE void store_granule(typename Cells::Word* to, const typename Cells::Word (&words)[Cells::kGranule]) {
+  constexpr int kVectors = int(sizeof words / 16);
+  uint4 vectors[kVectors];
+  memcpy(vectors, words, sizeof words);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) reinterpret_cast<uint4*>(to)[j] = vectors[j];
+}
+
+// kInside: no position lies outside the row, so that several loads can be in flight.
 template <class Cells, bool kInside>
 PYPERF_DEVICE void load_granules(const RowSource<typename Cells::Key>& row, int64_t begin, int granules,
                                  int half_distance, typename Cells::Word* words) {
+  using Key = typename Cells::Key;
   constexpr int kGranule = Cells::kGranule;
-  using Word = typename Cells::Word;
-  constexpr int kVectors = kGranule * int(sizeof(Word)) / 16;
-#pragma unroll 4
+  [[maybe_unused]] constexpr int kUnroll = kInside ? 4 : 1;
+  const int64_t second = (Cells::kHalves - 1) * int64_t(half_distance);
+#pragma unroll kUnroll
   for (int g = int(threadIdx.x); g < granules; g += int(blockDim.x)) {
-    typename Cells::Key low[kGranule], high[kGranule];
-    load_granule<Cells, kInside>(row, begin + int64_t(g) * kGranule, low);
-    if constexpr (Cells::kHalves == 2)
-      load_granule<Cells, kInside>(row, begin + half_distance + int64_t(g) * kGranule, high);
-    else
-      memcpy(high, low, sizeof high);
-    Word made[kGranule];
+    const int64_t position = begin + int64_t(g) * kGranule;
+    if (kInside ||
+        (row.inside(position, position + kGranule) && row.inside(position + second, position + second + kGranule))) {
+      Key low[kGranule], high[kGranule];
+      load_granule<Cells>(row.x + position, low);
+      if constexpr (Cells::kHalves == 2)
+        load_granule<Cells>(row.x + position + second, high);
+      else
+        memcpy(high, low, sizeof high);
+      typename Cells::Word made[kGranule];
 #pragma unroll
-    for (int j = 0; j < kGranule; ++j) made[j] = Cells::word(low[j], high[j]);
-    uint4 vectors[kVectors];
-    memcpy(vectors, made, sizeof made);
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) reinterpret_cast<uint4*>(words)[g * kVectors + j] = vectors[j];
+      for (int j = 0; j < kGranule; ++j) made[j] = Cells::encode(row.key, low[j], high[j]);
+      store_granule<Cells>(words + g * kGranule, made);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kGranule; ++j)
+        words[g * kGranule + j] = Cells::word(row.at(position + j), row.at(position + second + j));
+    }
   }
 }
 
@@ -134,14 +141,14 @@ template <class Key>
 struct TileOutput {
   const Windows& windows;
   const OrderedKey<Key>& key;
-  Key* y;            // the row's first output
-  void* offsets;     // of the problem, `offsets_row` elements before the row's first one
+  Key* y;         // the row's first output
+  void* offsets;  // of the problem, `offsets_row` elements before the row's first one
   int64_t offsets_row;
   OffsetType offset;
   bool last;
   int64_t y_stride;
-  int64_t first;     // dense output of the tile's first cell
-  int64_t dense;     // dense outputs of the row
+  int64_t first;  // dense output of the tile's first cell
+  int64_t dense;  // dense outputs of the row
 
   PYPERF_DEVICE bool contiguous() const { return windows.stride == 1 && y_stride == 1; }
 };
@@ -238,10 +245,10 @@ PYPERF_DEVICE void write_tile(const TileOutput<typename Cells::Key>& out,
       staged[half * words + e] = out.key.decode(key);
       if constexpr (Cells::kWinners) {
         const uint32_t position = Cells::position(cells[v], out.last);
-        taps[e] = key == OrderedKey<Key>::kLowest
-                      ? int32_t(lowest_tap(out.windows, out.first + e - out.windows.left, out.last,
-                                           is_floating(out.key)))
-                      : int32_t(position - uint32_t(e));
+        taps[e] =
+            key == OrderedKey<Key>::kLowest
+                ? int32_t(lowest_tap(out.windows, out.first + e - out.windows.left, out.last, is_floating(out.key)))
+                : int32_t(position - uint32_t(e));
       }
     }
   }

@@ -14,9 +14,9 @@ struct TileShape {
   int64_t tiles;   // of one row
   int64_t blocks;  // rows * tiles
   int whole, rest;
-  int group;       // chunks whose maxima are scanned together: the largest power of two <= min(whole - 1, 32)
-  int words;       // of shared memory, in Word
-  int chunks;      // of shared memory, in Cell; 0 for windows inside a chunk
+  int group;   // chunks whose maxima are scanned together: the largest power of two <= min(whole - 1, 32)
+  int words;   // of shared memory, in Word
+  int chunks;  // of shared memory, in Cell; 0 for windows inside a chunk
   size_t shared_bytes;
 };
 
@@ -124,15 +124,17 @@ __global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
     for (int n = 0; n < p.outputs; ++n) {
       Key* y = p.y[n] + row[1];
       const int64_t first = at.remainder * tile_words * Cells::kHalves - line_shift(y, p.windows, p.y_stride);
-      if (first >= dense) break;
+      if (first >= dense) continue;  // the shift differs from one y to the other
       const RowSource<Key> source{p.x + row[0], p.windows, p.key[n]};
-      const auto* loaded = load_words<Cells>(source, first - p.windows.left, tile_words + int(p.windows.window) - 1,
-                                             tile_words, words);
+      const auto* loaded =
+          load_words<Cells>(source, first - p.windows.left, tile_words + int(p.windows.window) - 1, tile_words, words);
       __syncthreads();
       Cell cells[Cells::kChunk];
-      if (shape.chunks) wide_windows<Cells>(loaded, p.windows.window, p.last, shape, maxima, cells);
-      else narrow_windows<Cells>(loaded, int(p.windows.window), p.last, cells);
-      const TileOutput<Key> out{p.windows, p.key[n], y,     p.offsets[n], row[1],
+      if (shape.chunks)
+        wide_windows<Cells>(loaded, p.windows.window, p.last, shape, maxima, cells);
+      else
+        narrow_windows<Cells>(loaded, int(p.windows.window), p.last, cells);
+      const TileOutput<Key> out{p.windows, p.key[n], y,          p.offsets[n], row[1],
                                 p.offset,  p.last,   p.y_stride, first,        dense};
       write_tile<Cells>(out, cells, words, taps);
     }

@@ -6,6 +6,8 @@ serves devices without kernels, forced reference runs, and decompositions.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -306,3 +308,113 @@ def backward(
     if length == 0:
         return grad_y.new_zeros(shape)
     return wide.new_zeros(shape).scatter_add(dim, at.clamp(min=0), wide).to(grad_y.dtype)
+
+
+# ---- cases of `python -m pyperf_dl.check` ----
+
+# name, shape, dim, window, other arguments. The windows reach every algorithm: doubling, van Herk, blocks of blocks.
+_QUICK_CASES: list[tuple[str, tuple[int, ...], int, int, dict[str, Any]]] = [
+    ("window 1", (2, 33), -1, 1, {}),
+    ("window 3", (3, 259), -1, 3, {}),
+    ("even window, same", (2, 131), -1, 32, {"padding": "same"}),
+    ("causal, last of ties, NaN ignored", (2, 517), -1, 100, {"padding": "causal", "ties": "last", "nan": "ignore"}),
+    ("stride and dilation", (2, 203), -1, 9, {"stride": 3, "dilation": 2, "padding": (5, 11)}),
+    ("dim 0", (97, 21), 0, 24, {"padding": "same"}),
+    ("longer than the row, reflect", (2, 19), -1, 45, {"padding": "same", "mode": "reflect"}),
+    ("window 1500", (1, 4111), -1, 1500, {}),
+]
+_FULL_CASES = [
+    ("window 2", (2, 64), -1, 2, {}),
+    ("window 255, wrap", (2, 400), -1, 255, {"padding": "same", "mode": "wrap"}),
+    ("window 256, mirror", (2, 400), -1, 256, {"padding": "same", "mode": "mirror"}),
+    ("nearest, NaN ignored", (2, 300), -1, 33, {"padding": (40, 3), "mode": "nearest", "nan": "ignore"}),
+    ("dim 1 of 3, dilation", (3, 120, 5), 1, 17, {"dilation": 3, "padding": "causal"}),
+    ("padding longer than the window", (2, 50), -1, 7, {"padding": (20, 20)}),
+    ("window 9000", (1, 20011), -1, 9000, {"padding": "causal"}),
+]
+
+
+def check_cases(device: str, quick: bool) -> Iterator[tuple[Any, ...]]:
+    """(operator, case, dtype, run, expected, tolerance); all are held against the deque, bit for bit."""
+    import pyperf_dl
+
+    cases = _QUICK_CASES if quick else _QUICK_CASES + _FULL_CASES
+    for (name, shape, dim, window, how), dtype in itertools.product(cases, pyperf_dl.sliding_window.DTYPES):
+        x = _check_input(shape, dtype)
+        there = x.to(device)
+        side = functools.cache(functools.partial(_checked_side, x, dim, window, how))
+        for op, sides in (("min", (True,)), ("max", (False,)), ("minmax", (True, False))):
+            function = getattr(pyperf_dl, f"sliding_window_{op}")
+            run = functools.partial(_run_operator, function, there, dim, window, how)
+            yield function.__name__, name, dtype, run, functools.partial(_merged, side, sides), 0.0
+        if {"ties", "mode"}.isdisjoint(how):
+            stream = pyperf_dl.SlidingWindowStream(window, "max", dim, **{"padding": "valid", **how})
+            run = functools.partial(_run_stream, stream, there, dim)
+            yield "SlidingWindowStream", name, dtype, run, functools.partial(lambda side: side(False)[:1], side), 0.0
+
+
+def _check_input(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Ties, both ends of the dtype, and the special values of floats."""
+    g = torch.Generator().manual_seed(0)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=g) < 0.1
+    special = [torch.iinfo(dtype).min, torch.iinfo(dtype).max] if not dtype.is_floating_point else _SPECIAL
+    x = torch.randint(0, 9, shape, generator=g).to(dtype)
+    which = torch.randint(0, 40, shape, generator=g)
+    for i, value in enumerate(special):
+        x[which == i] = value
+    return x
+
+
+_SPECIAL = [math.inf, -math.inf, math.nan, -0.0, 0.0, -1.0]
+
+
+def _check_grad(y: torch.Tensor) -> torch.Tensor:
+    """Small integers, so that every order of additions gives the same sum."""
+    return (torch.arange(y.numel()) % 5 - 2).reshape(y.shape).to(y.dtype)
+
+
+def _run_operator(
+    function: Any, x: torch.Tensor, dim: int, window: int, how: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """Values, indices and, for floats, the gradient."""
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    out = function(leaf, window, dim, return_indices=True, **how)
+    if not leaf.requires_grad:
+        return out
+    values = out[: len(out) // 2]
+    return *out, *torch.autograd.grad(values, leaf, [_check_grad(y).to(y.device) for y in values])
+
+
+def _run_stream(stream: Any, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    """In chunks of growing length."""
+    stream.reset()
+    sizes = [*range(1, 60, 7), max(x.shape[dim] // 3, 1)] * x.shape[dim]
+    ends = [end for end in itertools.accumulate(sizes) if end < x.shape[dim]]
+    return (torch.cat([*map(stream, x.tensor_split(ends, dim)), stream.flush()], dim),)
+
+
+def _checked_side(
+    x: torch.Tensor, dim: int, window: int, how: dict[str, Any], minimum: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, indices and gradient of one extremum, by the deque and a plain loop over its winners."""
+    dim %= x.dim()
+    length, stride, dilation = x.shape[dim], how.get("stride", 1), how.get("dilation", 1)
+    extent = (window - 1) * dilation + 1
+    padding, mode = how.get("padding", "valid"), how.get("mode", "constant")
+    words = {"valid": (0, 0), "same": ((extent - 1) // 2, extent // 2), "causal": (extent - 1, 0)}
+    left, right = words.get(padding, padding) if isinstance(padding, str) else padding
+    out_length = (length + left + right - extent) // stride + 1
+    geometry = {"window": window, "stride": stride, "dilation": dilation, "left": left, "mode": mode}
+    policy = {"minimum": minimum, "ignore_nan": how.get("nan") == "ignore", "last": how.get("ties") == "last"}
+    y, taps = deque_extremum(x, dim, out_length=out_length, **geometry, **policy)
+    at = taken(x, taps, dim, stride, dilation, left, mode)[1]
+    grad = torch.zeros(x.shape, dtype=torch.float64)
+    grad.scatter_add_(dim, at.clamp(min=0), _check_grad(y).double().masked_fill(at < 0, 0))
+    return y, at, grad.to(x.dtype)
+
+
+def _merged(side: Any, sides: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+    """Values of all sides, indices of all sides, the sum of their gradients for floats."""
+    values, indices, grads = zip(*map(side, sides), strict=True)
+    return *values, *indices, *([sum(grads[1:], grads[0])] if values[0].is_floating_point() else [])

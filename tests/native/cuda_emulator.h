@@ -295,8 +295,8 @@ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
 template <class T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
   const unsigned in_segment = emulator::lane() & unsigned(width - 1);
-  return emulator::exchange(mask, value, in_segment + delta < unsigned(width) ? emulator::lane() + delta
-                                                                              : emulator::lane());
+  return emulator::exchange(mask, value,
+                            in_segment + delta < unsigned(width) ? emulator::lane() + delta : emulator::lane());
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int = 32) {

@@ -1,5 +1,5 @@
-// g++ -std=c++20 -O2 [-fsanitize=address,undefined] sliding_window_cuda.cpp: the CUDA kernels on a CPU.
-#include "cuda_emulator.h"
+// g++ -std=c++20 -O2 -fno-strict-aliasing [-fsanitize=address,undefined] sliding_window_cuda.cpp: the CUDA kernels on a
+// CPU, with the threads of a block in three orders.
 #include "sliding_window_cuda.h"
 
 int main(int argc, char** argv) {
@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
     emulator::max_grid = order == Order::ascending ? int64_t(1) << 31 : 3;
     test::check_small(rounds);
     test::check_long(rounds / 4);
+    test::check_huge(rounds / 4);
   }
   return test::summary();
 }

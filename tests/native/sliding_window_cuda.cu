@@ -5,5 +5,6 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 300;
   test::check_small(rounds);
   test::check_long(rounds);
+  test::check_huge(rounds / 4);
   return test::summary();
 }

@@ -12,6 +12,9 @@
 #include <type_traits>
 #include <vector>
 
+#if !defined(__CUDACC__)
+#include "cuda_emulator.h"
+#endif
 #include "../../kernels/cuda/sliding_window.cuh"
 
 namespace test {
@@ -22,9 +25,7 @@ using namespace pyperf::sliding_window;
 inline int passed = 0, failed = 0;
 inline std::mt19937_64 generator(20240607);
 
-inline int64_t uniform(int64_t low, int64_t high) {
-  return low + int64_t(generator() % uint64_t(high - low + 1));
-}
+inline int64_t uniform(int64_t low, int64_t high) { return low + int64_t(generator() % uint64_t(high - low + 1)); }
 template <class T>
 T pick(std::initializer_list<T> choices) {
   return choices.begin()[uniform(0, int64_t(choices.size()) - 1)];
@@ -135,9 +136,11 @@ std::vector<Key> random_row(const Kind<Key>& kind, int64_t length) {
     if (pattern == 2) bits = uint64_t(length - i);
     if (pattern == 3) bits = uint64_t(i % tooth == 0);
     if (pattern == 4) bits = bits % 3;
-    if (pattern == 5) bits = pick<uint64_t>({0, lowest, lowest - 1, ~uint64_t(0), uint64_t(kind.infinity),
-                                             uint64_t(kind.infinity) | lowest, uint64_t(kind.infinity) + 1, 1});
-    if (kind.kind == ElementKind::floating && pattern >= 4 && i / 37 % 3 == 1) bits = ~uint64_t(0) - (bits & 1) * lowest;
+    if (pattern == 5)
+      bits = pick<uint64_t>({0, lowest, lowest - 1, ~uint64_t(0), uint64_t(kind.infinity),
+                             uint64_t(kind.infinity) | lowest, uint64_t(kind.infinity) + 1, 1});
+    if (kind.kind == ElementKind::floating && pattern >= 4 && i / 37 % 3 == 1)
+      bits = ~uint64_t(0) - (bits & 1) * lowest;
     row[size_t(i)] = Key(bits);
   }
   return row;
@@ -200,11 +203,11 @@ Expected<Key> brute_force(const Windows& w, const OrderedKey<Key>& key, bool flo
     const char* held = holds.data() + i * w.stride;
     Key best = OrderedKey<Key>::kLowest;
     for (int64_t t = 0; t < w.window; ++t) best = std::max(best, window[t * w.dilation]);
-    int64_t tap = -1;
-    for (int64_t t = 0; t < w.window && (tap < 0 || last); ++t)
-      if (held[t * w.dilation] && window[t * w.dilation] == best) tap = t;
+    const int64_t step = last ? -1 : 1;
+    int64_t tap = last ? w.window - 1 : 0;
+    while (tap >= 0 && tap < w.window && !(held[tap * w.dilation] && window[tap * w.dilation] == best)) tap += step;
     expected.y.push_back(key.decode(best));
-    expected.taps.push_back(tap);
+    expected.taps.push_back(tap < w.window ? tap : -1);
   }
   return expected;
 }
@@ -276,8 +279,8 @@ void check_extrema(const Geometry& g, std::initializer_list<Path> paths) {
                                         Buffer<unsigned char>(y_layout.size() * width)};
   for (int n = 0; n < p.outputs; ++n) {
     for_each_lane(y_layout, [&](int64_t o, int64_t i, int64_t lane) {
-      const Expected<Key> expected = brute_force(w, p.key[n], floating, p.last,
-                                                 x.host() + x_layout.row(o, i) + lane, x_layout.stride);
+      const Expected<Key> expected =
+          brute_force(w, p.key[n], floating, p.last, x.host() + x_layout.row(o, i) + lane, x_layout.stride);
       for (int64_t k = 0; k < w.out_length; ++k) {
         const int64_t index = y_layout.at(o, i, k, lane);
         want_y[n].host()[index] = expected.y[size_t(k)];
@@ -327,6 +330,36 @@ inline void random_winners(const Geometry& g, const Layout& layout, OffsetType t
       taps.push_back(tap);
     }
   });
+}
+
+// Offsets that no forward makes: whatever comes out, nothing outside the outputs is written.
+template <class T>
+void check_nonsense_offsets(const Geometry& g) {
+  const Windows& w = g.windows;
+  const OffsetType type = offset_type(w.window);
+  const Layout out = Layout::random(g.outer, g.inner, w.out_length, g.lanes, g.dense);
+  const Layout in = Layout::random(g.outer, g.inner, w.length, g.lanes, g.dense);
+  Buffer<T> grad_y(out.size()), grad_x(in.size()), untouched(in.size());
+  Buffer<unsigned char> offsets(out.size() * tap_bytes(type));
+  for (int64_t k = 0; k < offsets.count(); ++k) offsets.host()[k] = (unsigned char)(generator());
+  offsets.upload();
+  WinnerSums<T> p{};
+  p.windows = w;
+  p.grad_y = grad_y.device() + out.base;
+  p.offsets = offsets.device() + out.base * tap_bytes(type);
+  p.grad_x = grad_x.device() + in.base;
+  p.offset = type;
+  p.grad_y_stride = p.offsets_stride = out.stride, p.grad_x_stride = in.stride;
+  p.lanes = g.lanes;
+  p.rows = rows_of<3>({&out, &out, &in});
+  Buffer<double> workspace((winner_sums_workspace_bytes(p) + 7) / 8);
+  require(winner_sums(p, workspace.device(), cudaStream_t{}), "winner_sums");
+  require(cudaDeviceSynchronize(), "winner_sums");
+  grad_x.download();
+  for_each_lane(in, [&](int64_t o, int64_t i, int64_t lane) {
+    for (int64_t j = 0; j < w.length; ++j) grad_x.host()[in.at(o, i, j, lane)] = untouched.host()[0];
+  });
+  report(grad_x.same_as(untouched), "nonsense offsets " + describe(g));
 }
 
 // The documented order of summation, straight from its definition.
@@ -391,8 +424,10 @@ void brute_force_sums(const Windows& w, const int64_t* taps, const std::vector<T
 template <class T>
 T random_gradient() {
   const double value = double(uniform(-4000, 4000)) * 0.37 + (uniform(0, 1) ? 1e-3 : 0.);
-  if constexpr (std::is_same_v<T, double> || std::is_same_v<T, float>) return T(value);
-  else return T::from(float(value));
+  if constexpr (std::is_same_v<T, double> || std::is_same_v<T, float>)
+    return T(value);
+  else
+    return T::from(float(value));
 }
 
 enum class SumsPath { chosen, chunks, tiles };
@@ -520,6 +555,7 @@ inline void check_small(int rounds) {
     const Geometry g = random_geometry();
     check_extrema_of_width(round % 4, g, {Path::chosen, Path::segments, Path::tiles, Path::huge});
     check_sums_of_type(round / 4 % 4, random_geometry(), {SumsPath::chosen, SumsPath::chunks, SumsPath::tiles});
+    check_nonsense_offsets<float>(random_geometry());
     const Geometry h = random_geometry();
     if (round % 3 == 0) check_gather<uint16_t>(h);
     if (round % 3 == 1) check_gather<uint32_t>(h);
@@ -547,12 +583,25 @@ inline Geometry long_rows(int64_t length, int64_t window) {
 
 inline void check_long(int rounds) {
   for (int round = 0; round < rounds; ++round) {
-    const int64_t window = pick<int64_t>({2, 3, 16, 17, 18, 19, 33, 34, 35, 36, uniform(2, 70), uniform(60, 700),
-                                          uniform(700, 6000)});
+    const int64_t window =
+        pick<int64_t>({2, 3, 16, 17, 18, 19, 33, 34, 35, 36, uniform(2, 70), uniform(60, 700), uniform(700, 6000)});
     const int64_t length = pick<int64_t>({uniform(500, 2000), uniform(2000, 9000), uniform(9000, 14000)});
     check_extrema_of_width(round % 4, long_rows(length, window), {Path::chosen, Path::tiles, Path::huge});
-    check_sums_of_type(round / 4 % 4, long_rows(length, window),
-                       {SumsPath::chosen, SumsPath::chunks, SumsPath::tiles});
+    check_sums_of_type(round / 4 % 4, long_rows(length, window), {SumsPath::chosen, SumsPath::chunks, SumsPath::tiles});
+  }
+}
+
+// Windows of several tiles, up to more than two groups of them.
+inline void check_huge(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const bool grouped = round % 8 == 0;
+    const int64_t window = grouped ? uniform(140000, 150000) : uniform(600, 16000);
+    Geometry g = long_rows(uniform(1000, 20000), window);
+    g.windows.out_length = uniform(1, grouped ? 1200 : 6000);
+    check_extrema_of_width(round / 2 % 4, g, {Path::chosen, Path::huge});
+    g.windows.window = uniform(4000, 12000);
+    g.windows.out_length = uniform(1, 9000);
+    check_sums_of_type(round % 4, g, {SumsPath::chosen, SumsPath::chunks});
   }
 }
 

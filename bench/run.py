@@ -1,0 +1,195 @@
+"""Measures and reports: `python bench/run.py --family F --device cpu|cuda --threads N --quick|--full --out FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import machine
+from harness import Budget, Case, optional
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split(":")[0])
+    parser.add_argument("--family", choices=sorted(harness.families()), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores (one on a GPU: the host's)")
+    parser.add_argument("--backend", choices=("native", "triton", "reference"), help="default: the best there is")
+    parser.add_argument("--case", default="", metavar="SUBSTR", help="only cases whose 'op name dtype' holds this")
+    parser.add_argument("--no-peers", action="store_true", help="only ours and the floor")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a choice of cases, in minutes (the default)")
+    size.add_argument("--full", action="store_true", help="every case, each output checked, peers on larger inputs")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the results as JSON")
+    options = parser.parse_args(arguments)
+    if options.threads is None:
+        options.threads = [1] if options.device == "cuda" else sorted({1, machine.cores()})
+    if min(options.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(options.threads)}")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    cases = harness.discovered(options.family, options.device, options.full)
+    cases = [case for case in cases if options.case.lower() in case.title.lower()]
+    for case in cases:
+        if options.no_peers:
+            case.peers = {}
+    return cases
+
+
+# ---- progress and table ----
+
+TIMES = "\u00d7"
+LEGEND = (
+    f"{TIMES} floor: our time / time of a copy of the same bytes. {TIMES} peer: peer's time / ours. "
+    "~: measured on a part of the work."
+)
+
+
+def with_progress(steps: Iterable[tuple[str, Any]], total: int) -> Iterator[Any]:
+    """Yields what the steps hold, showing how far they are."""
+    progress = optional("rich.progress")
+    console = optional("rich.console")
+    if progress is None or not console.Console(stderr=True).is_terminal:
+        for n, (title, value) in enumerate(steps, 1):
+            if n % 20 == 0 or n == total:
+                print(f"{n}/{total} {title}", file=sys.stderr, flush=True)
+            yield value
+        return
+    columns = ("{task.percentage:>3.0f}%", progress.BarColumn(), progress.TimeElapsedColumn(), "{task.description}")
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        for title, value in steps:
+            bar.update(task, advance=1, description=title)
+            yield value
+
+
+def short(value: float | None) -> str:
+    """Three digits at most, for ratios and times."""
+    if value is None:
+        return "-"
+    if value >= 9995:
+        return f"{value / 1000:.0f}k"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2f}"
+
+
+def peer_cell(peer: dict[str, Any] | None) -> str:
+    """How many times ours the peer takes; ~ for one measured on a part of the work."""
+    if peer is None:
+        return ""
+    if "error" in peer:
+        return "n/a"
+    return ("~" if "measured_part" in peer else "") + short(peer["speedup"])
+
+
+def error_cell(result: dict[str, Any]) -> str:
+    error = result["max_error"]
+    shown = "" if error is None else "0" if error == 0 else f"{error:.2g}"
+    return shown if result["status"] == "ok" else f"{result['status']} {shown}".strip()
+
+
+def peer_names(results: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for r in results for name in r["peers"]))
+
+
+def table_rows(results: list[dict[str, Any]], peers: list[str]) -> tuple[list[str], list[list[str]]]:
+    ratios = [f"{TIMES} {name}" for name in ("floor", *peers)]
+    head = ["operator", "case", "dtype", "threads", "ms", *ratios, "max error"]
+    rows = [
+        [
+            r["op"],
+            r["case"],
+            r["dtype"],
+            str(r["threads"]),
+            short(r["ms"]),
+            short(r["x_floor"]),
+            *(peer_cell(r["peers"].get(p)) for p in peers),
+            error_cell(r),
+        ]
+        for r in results
+    ]
+    return head, rows
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """One table; with rich where it is installed."""
+    head, rows = table_rows(results, peer_names(results))
+    rich_table, rich_console = optional("rich.table"), optional("rich.console")
+    if rich_table is None:
+        for row in (head, *rows):
+            print(" | ".join(row))
+        print(LEGEND)
+        return
+    table = rich_table.Table(title="pyperf_dl", caption=LEGEND)
+    for n, name in enumerate(head):
+        is_text = n < 3
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
+    for row, result in zip(rows, results, strict=True):
+        table.add_row(*row, style=None if result["status"] == "ok" else "bold red")
+    console = rich_console.Console()
+    if not console.is_terminal:
+        console = rich_console.Console(width=max(console.width, 200))
+    console.print(table)
+
+
+def print_notes(results: list[dict[str, Any]]) -> None:
+    """Failures, and why peers are missing."""
+    for r in harness.failures(results):
+        print(f"{r['status']}: {r['op']} {r['case']} {r['dtype']}, {r['threads']} threads: {r['message']}")
+    reasons = {f"{name}: {peer['error']}" for r in results for name, peer in r["peers"].items() if "error" in peer}
+    for reason in sorted(reasons):
+        print(f"n/a  {reason}")
+
+
+# ---- the run ----
+
+
+def measured(cases: list[Case], threads: list[int], budget: Budget) -> list[dict[str, Any]]:
+    steps = ((case.title, result) for case in cases for result in harness.run_case(case, threads, budget))
+    return list(with_progress(steps, len(cases) * len(threads)))
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    budget = harness.FULL if options.full else harness.QUICK
+    work: Callable[[], list[dict[str, Any]]] = lambda: measured(chosen(options), options.threads, budget)  # noqa: E731
+    if options.backend:
+        with harness.pyperf_dl.backend(options.backend):
+            return work()
+    return work()
+
+
+def main(arguments: list[str]) -> int:
+    options = parsed(arguments)
+    machine.keep_freed_memory()
+    harness.pin_peers(max(options.threads))
+    warnings.filterwarnings("ignore", module="torch")  # what peers' paths warn of is no result
+    begin = time.monotonic()
+    results = run(options)
+    report = {
+        "machine": machine.machine(options.device),
+        "versions": machine.versions(),
+        "command": machine.command_line(arguments),
+        "seconds": round(time.monotonic() - begin),
+        "results": results,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print_table(results)
+    failed = harness.failures(results)
+    print_notes(results)
+    if not results:
+        print("no case fits")
+    return 1 if failed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
