@@ -79,7 +79,7 @@ class Operator:
             self.native = _Registered(self, name)
         if launch is not None and _backend.triton_installed():
             _backend.triton_registrations.append(lambda: self.triton)
-            for key in ("CUDA", "XPU"):  # also for direct calls of the operator, where nothing was compiled for a device
+            for key in ("CUDA", "XPU"):  # direct calls of the operator, where nothing was compiled for a device
                 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyperf_dl::{name}", key):
                     _library.impl(name, self._launched, key)
 

@@ -124,7 +124,7 @@ def explain(device_type: str) -> tuple[str, str]:
 
 def cuda_problem() -> str:
     """Why the compiled CUDA kernels cannot serve the current GPU; empty where they can."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("pyperf_dl::_cuda_problem", "CompositeExplicitAutograd"):
+    if not hasattr(torch.ops.pyperf_dl, "_cuda_problem"):
         return "built without CUDA"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"

@@ -51,8 +51,8 @@ def strided_tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype]
     """`value`, a dense tensor of one of the dtypes."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_quantized:
-        kind = "quantized" if value.is_quantized else value.layout
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else value.layout
         raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -534,7 +534,8 @@ _ARGUMENTS = """
 
     A window that holds no value gives the neutral element (-inf for a maximum, the lowest integer), or NaN with
     ``nan="ignore"``. Exact, and the same bits on every backend, device and number of threads, gradients included: a
-    gradient goes to the one winner, and sums are added in one fixed order, without atomics. The time depends neither
+    gradient goes to the one winner, and sums are added in one fixed order, without atomics (the reference backend
+    leaves that order to torch). The time depends neither
     on the window nor on the data. Differentiable any number of times; works under torch.compile, export and torch.func.
 
     Follows Lemire, "Streaming maximum-minimum filter using no more than three comparisons per element" (2006), van Herk

@@ -647,6 +647,11 @@ def test_quantized_tensors_are_refused():
         sliding_window_max(x, 2)
 
 
+def test_nested_tensors_are_refused():
+    with pytest.raises(TypeError, match="sliding_window_max: x must be a dense tensor, got nested"):
+        sliding_window_max(torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)]), 2)
+
+
 BAD_STREAM = [
     (ValueError, "window must be >= 1", (0,), {}),
     (TypeError, "window must be an int", (2.5,), {}),

@@ -83,12 +83,8 @@ def stages(options, capability):
         yield Stage(f"sanitizer {name}", 30 if quick else 60, [[*check, program, rounds] for program in programs])
     out = options.out_dir / "gpu.json"
     bench = [python, "bench/run.py", "--device", "cuda", "--quick", "--out", out]
-    plots = (
-        [[python, "bench/report.py", out, "--plots", options.out_dir]]
-        if (ROOT / "bench" / "report.py").exists()
-        else []
-    )
-    yield Stage("benchmarks", 60 if quick else 150, [bench, *plots])
+    plot = [python, "bench/report.py", out, "--plot", options.out_dir / "gpu.svg"]
+    yield Stage("benchmarks", 60 if quick else 150, [bench, plot])
 
 
 def run(command, seconds, environment):

@@ -68,7 +68,7 @@ struct SegmentWalk {
       const int64_t tap = cell.key == OrderedKey<Key>::kLowest
                               ? lowest_tap(p.windows, p.windows.start(output(c)), p.last, is_floating(key))
                               : int64_t(rank(cell.rank, p.last)) - (c - begin) * phases.step;
-      store_tap(p.offsets[n], p.offset, y_index(c), tap);
+      store_tap(p.offsets[n], p.offset, y_index(c), tap < 0 ? -1 : tap + p.first_tap);
       p.y[n][y_index(c)] = key.decode(cell.key);
     } else {
       p.y[n][y_index(c)] = key.decode(cell);

@@ -146,6 +146,7 @@ struct TileOutput {
   int64_t offsets_row;
   OffsetType offset;
   bool last;
+  int32_t first_tap;
   int64_t y_stride;
   int64_t first;  // dense output of the tile's first cell
   int64_t dense;  // dense outputs of the row
@@ -245,10 +246,11 @@ PYPERF_DEVICE void write_tile(const TileOutput<typename Cells::Key>& out,
       staged[half * words + e] = out.key.decode(key);
       if constexpr (Cells::kWinners) {
         const uint32_t position = Cells::position(cells[v], out.last);
-        taps[e] =
-            key == OrderedKey<Key>::kLowest
-                ? int32_t(lowest_tap(out.windows, out.first + e - out.windows.left, out.last, is_floating(out.key)))
-                : int32_t(position - uint32_t(e));
+        const int64_t start = out.first + e - out.windows.left;
+        const int32_t tap = key == OrderedKey<Key>::kLowest
+                                ? int32_t(lowest_tap(out.windows, start, out.last, is_floating(out.key)))
+                                : int32_t(position - uint32_t(e));
+        taps[e] = tap < 0 ? -1 : tap + out.first_tap;
       }
     }
   }

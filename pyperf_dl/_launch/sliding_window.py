@@ -28,7 +28,12 @@ _ELEMENTS_A_WARP = 256
 _LEAF, _CHUNK = 16, 256  # of the fixed order of summation, kernels/math/sliding_window.h
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INFINITIES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
+_INFINITIES = {
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+}
 
 
 def covers(stride: int, dilation: int, mode: str) -> bool:
@@ -69,7 +74,9 @@ def _ordered_key(dtype: torch.dtype, minimum: bool, ignore_nan: bool) -> Ordered
         infinity = _INFINITIES[dtype]
         canonical_nan = infinity | (infinity & -infinity) >> 1
         empty = canonical_nan if ignore_nan else infinity ^ (0 if minimum else lowest)
-        return OrderedKey(lowest if minimum else 0, highest, infinity, lowest if ignore_nan else highest, empty, canonical_nan)
+        return OrderedKey(
+            lowest if minimum else 0, highest, infinity, lowest if ignore_nan else highest, empty, canonical_nan
+        )
     pre = (-1 if minimum else 0) ^ (0 if dtype.is_signed else lowest)
     empty = int(minimum) if dtype == torch.bool else lowest ^ pre
     return OrderedKey(pre, 0, highest, lowest, empty, highest ^ pre)
@@ -117,19 +124,15 @@ def _launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **constant
         kernel[(programs,)](*args, **constants, num_warps=warps)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _segments(pieces: int, lanes: int, most: int) -> int:
     """Pieces of `lanes` elements that one program takes."""
-    return min(most // lanes, _power_of_two(pieces))
+    return min(most // lanes, triton.next_power_of_2(pieces))
 
 
 def _blocks(rows: int, length: int, most: int) -> tuple[int, int, int]:
     """Lanes, blocks a row, segments a program, where any cut of the rows will do."""
-    lanes = min(most, _power_of_two(length))
-    blocks = -(-length // lanes)
+    lanes = min(most, triton.next_power_of_2(length))
+    blocks = triton.cdiv(length, lanes)
     return lanes, blocks, _segments(rows * blocks, lanes, most)
 
 
@@ -151,11 +154,6 @@ class _Windows(NamedTuple):
         return _Windows(min(window, max(1, length + left)), left, before)
 
 
-def _tile(reach: int) -> int:
-    """The longest tile for windows that end `reach` > LANES elements after their start: tile + reach % tile <= LANES."""
-    return next(t for t in range(LANES, 0, -_TILE_STEP) if t + reach % t <= LANES)
-
-
 def _extrema(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -170,44 +168,78 @@ def _extrema(
 
     `winners` gets taps, or, where the elements of x are tiles, the winners of the tiles that won.
     """
-    (rows, length), out_length = x.shape, y.shape[1]
     if y.numel() == 0:
         return
-    window, left, before = _Windows.clipped(window, left, length, out_length)
-    reach = window - 1
-    if window <= DIRECT_WINDOW:
-        lanes, blocks, segments = _blocks(rows, out_length, LANES)
-        sizes = (rows, length, out_length, blocks, window, left, before, int(last), key)
-        programs = -(-rows * blocks // segments)
-        _launch(kernels.direct_windows, programs, x, x, y, winners, tile_winners, *sizes, SEGMENTS=segments, LANES=lanes)
-        return
-    tile, lanes = (reach, _power_of_two(reach)) if reach <= LANES else (_tile(reach), LANES)
-    tiles = -(-out_length // tile)
-    middle = middle_winners = None
-    if reach > LANES:
-        middle, middle_winners = _between(x, winners is not None, tiles, tile, reach, left, last, key)
-    segments = _segments(rows * tiles, lanes, LANES)
-    sizes = (rows, length, out_length, tiles, window, left, before, tile, reach % tile, int(last), key)
+    windows = _Windows.clipped(window, left, x.shape[1], y.shape[1])
+    form = _direct if windows.window <= DIRECT_WINDOW else _van_herk
+    form(x, y, winners, tile_winners, windows, last, key)
+
+
+def _direct(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    winners: torch.Tensor | None,
+    tile_winners: torch.Tensor | None,
+    windows: _Windows,
+    last: bool,
+    key: OrderedKey,
+) -> None:
+    (rows, length), out_length = x.shape, y.shape[1]
+    lanes, blocks, segments = _blocks(rows, out_length, LANES)
     _launch(
-        kernels.van_herk_windows,
-        -(-rows * tiles // segments),
+        kernels.direct_windows,
+        triton.cdiv(rows * blocks, segments),
         x,
-        *(x, y, winners, tile_winners, middle, middle_winners),
-        *sizes,
+        *(x, y, winners, tile_winners, rows, length, out_length, blocks, *windows, int(last), key),
         SEGMENTS=segments,
         LANES=lanes,
     )
 
 
+def _van_herk(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    winners: torch.Tensor | None,
+    tile_winners: torch.Tensor | None,
+    windows: _Windows,
+    last: bool,
+    key: OrderedKey,
+) -> None:
+    (rows, length), out_length = x.shape, y.shape[1]
+    reach = windows.window - 1
+    tile, lanes = reach, triton.next_power_of_2(reach)
+    if reach > LANES:
+        tile, lanes = _tile(reach), LANES
+    tiles = triton.cdiv(out_length, tile)
+    middle = middle_winners = None
+    if reach > LANES:
+        middle, middle_winners = _between(x, winners is not None, tiles, tile, reach, windows.left, last, key)
+    segments = _segments(rows * tiles, lanes, LANES)
+    _launch(
+        kernels.van_herk_windows,
+        triton.cdiv(rows * tiles, segments),
+        x,
+        *(x, y, winners, tile_winners, middle, middle_winners),
+        *(rows, length, out_length, tiles, *windows, tile, reach % tile, int(last), key),
+        SEGMENTS=segments,
+        LANES=lanes,
+    )
+
+
+def _tile(reach: int) -> int:
+    """The longest tile for windows that end `reach` > LANES elements after their start: tile + reach % tile fits."""
+    return next(t for t in range(LANES, 0, -_TILE_STEP) if t + reach % t <= LANES)
+
+
 def _between(
     x: torch.Tensor, with_winners: bool, tiles: int, tile: int, reach: int, left: int, last: bool, key: OrderedKey
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Keys and winners [rows, tiles] of the whole tiles that lie in every window of a tile: windows over tiles again."""
+    """Keys and winners [rows, tiles] of the whole tiles that lie in every window of a tile: windows over tiles."""
     rows, length = x.shape
     between = reach // tile - 1
     # Only tiles that hold an element of the row: padding must not win over the lowest integer.
     first = max(1, left // tile)
-    kept = max(0, min(tiles + between, -(-(left + length) // tile)) - first)
+    kept = max(0, min(tiles + between, triton.cdiv(left + length, tile)) - first)
     keys = x.new_empty(rows, kept)
     at = x.new_empty(rows, kept, dtype=torch.int64) if with_winners else None
     if keys.numel():
@@ -220,11 +252,10 @@ def _between(
 
 
 def _side(
-    x: torch.Tensor, dim: int, window: int, left: int, out_length: int, minimum: bool, ignore_nan: bool, last: bool, offsets: bool
+    x: torch.Tensor, key: OrderedKey, dim: int, window: int, left: int, out_length: int, last: bool, offsets: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values and, where asked for, offsets of one extremum."""
     _check_device(x)
-    key = _ordered_key(x.dtype, minimum, ignore_nan)
     y = _laid_out(x, dim, out_length, x.dtype)
     at = _laid_out(x, dim, out_length, reference.offset_dtype(window)) if offsets else None
     y_rows = _row_buffer(y, dim)
@@ -238,27 +269,28 @@ def extremum_offsets(x, dim, window, stride, dilation, left, out_length, mode, m
         return reference.extremum_offsets(
             x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last
         )
-    return _side(x, dim, window, left, out_length, minimum, ignore_nan, last, True)
+    return _side(x, _ordered_key(x.dtype, minimum, ignore_nan), dim, window, left, out_length, last, True)
 
 
 def extremum(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last):
     if _uncovered("sliding_window_extremum", stride, dilation, mode):
         return reference.extremum(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last)
-    return _side(x, dim, window, left, out_length, minimum, ignore_nan, last, False)[0]
+    return _side(x, _ordered_key(x.dtype, minimum, ignore_nan), dim, window, left, out_length, last, False)[0]
 
 
 def minmax_offsets(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last):
     if _uncovered("sliding_window_minmax_offsets", stride, dilation, mode):
         return reference.minmax_offsets(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last)
-    low, low_at = _side(x, dim, window, left, out_length, True, ignore_nan, last, True)
-    high, high_at = _side(x, dim, window, left, out_length, False, ignore_nan, last, True)
+    keys = [_ordered_key(x.dtype, minimum, ignore_nan) for minimum in (True, False)]
+    (low, low_at), (high, high_at) = (_side(x, key, dim, window, left, out_length, last, True) for key in keys)
     return low, high, low_at, high_at
 
 
 def minmax(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last):
     if _uncovered("sliding_window_minmax", stride, dilation, mode):
         return reference.minmax(x, dim, window, stride, dilation, left, out_length, mode, ignore_nan, last)
-    return tuple(_side(x, dim, window, left, out_length, low, ignore_nan, last, False)[0] for low in (True, False))
+    keys = [_ordered_key(x.dtype, minimum, ignore_nan) for minimum in (True, False)]
+    return tuple(_side(x, key, dim, window, left, out_length, last, False)[0] for key in keys)
 
 
 # ---- what follows from winners ----
@@ -274,14 +306,14 @@ def _sums(grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor, lef
             group = 0
         sums = sum_winners = None
         if group:
-            groups = -(-items // group)
+            groups = triton.cdiv(items, group)
             wide = torch.float64 if values.dtype == torch.float64 else torch.float32
             sums = values.new_empty(rows, 2 * groups, dtype=wide)
             sum_winners = values.new_empty(rows, 2 * groups, dtype=torch.int64)
         lanes, blocks, segments = _blocks(rows, items, SUM_LANES)
         _launch(
             kernels.sum_runs,
-            -(-rows * blocks // segments),
+            triton.cdiv(rows * blocks, segments),
             values,
             *(values, winners, grad_x, sums, sum_winners, rows, items, grad_x.shape[1], blocks, left),
             OFFSETS=winners is offsets,
@@ -311,7 +343,9 @@ def backward(grad_y, offsets, dim, length, window, stride, dilation, left, mode)
     return _fill(grad_x, dim, rows)
 
 
-def _taken(values: torch.Tensor | None, offsets: torch.Tensor, out: torch.Tensor, dim: int, length: int, left: int) -> torch.Tensor:
+def _taken(
+    values: torch.Tensor | None, offsets: torch.Tensor, out: torch.Tensor, dim: int, length: int, left: int
+) -> torch.Tensor:
     _check_device(offsets)
     if out.numel() == 0:
         return out
@@ -320,7 +354,7 @@ def _taken(values: torch.Tensor | None, offsets: torch.Tensor, out: torch.Tensor
     lanes, blocks, segments = _blocks(rows, out_length, LANES)
     bits = None if values is None else _as_integers(_rows(values, dim))
     sizes = (rows, length, out_length, blocks, left)
-    programs = -(-rows * blocks // segments)
+    programs = triton.cdiv(rows * blocks, segments)
     _launch(kernels.take_winners, programs, taps, bits, taps, _as_integers(to), *sizes, SEGMENTS=segments, LANES=lanes)
     return _fill(out, dim, to)
 

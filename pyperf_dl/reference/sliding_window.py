@@ -257,7 +257,7 @@ def extremum_offsets(
     taps = winners(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last)
     y, _ = taken(x, taps, dim, stride, dilation, left, mode)
     if y.is_floating_point():
-        y = y.masked_fill(y.isnan(), math.nan)  # one NaN pattern out
+        y = torch.where(y.isnan(), torch.full_like(y, math.nan) + y, y)  # one NaN pattern out; its gradient passes
     y = y.masked_fill(taps < 0, empty_value(x.dtype, minimum, ignore_nan))
     return y, torch.where(taps < 0, none_offset(window), taps).to(offset_dtype(window))
 

@@ -251,7 +251,7 @@ void check_extrema(const Geometry& g, std::initializer_list<Path> paths) {
   const Layout x_layout = Layout::random(g.outer, g.inner, w.length, g.lanes, g.dense);
   const Layout y_layout = Layout::random(g.outer, g.inner, w.out_length, g.lanes, g.dense);
   Extrema<Key> p{};
-  p.windows = w;
+  p.windows = uniform(0, 1) ? w : without_idle_taps(w, p.first_tap);
   p.outputs = int(uniform(1, 2));
   const bool minimum = uniform(0, 1), ignore_nan = uniform(0, 1);
   p.key[0] = OrderedKey<Key>::make(kind.kind, kind.infinity, p.outputs == 2 || minimum, ignore_nan);
