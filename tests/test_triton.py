@@ -3,8 +3,10 @@
 `make test` runs this file a second time, in a process of its own, with that variable set.
 """
 
+import importlib.util
 import itertools
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -20,10 +22,13 @@ from pyperf_dl.reference import sliding_window as reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="Triton kernels need TRITON_INTERPRET=1 (a process of its own: `make test` has it) or a CUDA device",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="Triton kernels need TRITON_INTERPRET=1 (a process of its own: `make test` has it) or a CUDA device",
+    ),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WINDOWS = (1, 2, 3, 7, 8, 9, 16, 33, 100, 257)
@@ -54,18 +59,18 @@ def wide_programs(launcher, monkeypatch):
 
 def special_rows(dtype, length, seed=0):
     """[3, length]: every special value in turn, a random row, and stretches of NaN, -inf and equal values."""
-    random = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         values = torch.tensor([low, low, low + 1 if high > 1 else low, 0, high], dtype=dtype)
-        x = values[torch.randint(len(values), (3, length), generator=random)]
+        x = values[torch.randint(len(values), (3, length), generator=chance)]
         x[1, : length // 2] = low
         return x
     nan, inf = torch.nan, torch.inf
     values = torch.tensor([-inf, -1.0, -0.0, 0.0, 0.0, -0.0, 1.0, inf, nan, -nan, 1e-7, -65504.0])
-    few = values[torch.randint(len(values), (length,), generator=random)]
-    some = torch.randn(length, generator=random)
-    kind = torch.randint(4, (length // 20 + 1,), generator=random).repeat_interleave(20)[:length]
+    few = values[torch.randint(len(values), (length,), generator=chance)]
+    some = torch.randn(length, generator=chance)
+    kind = torch.randint(4, (length // 20 + 1,), generator=chance).repeat_interleave(20)[:length]
     runs = torch.tensor([nan, -inf, 0.5, 0.0])[kind]
     runs = torch.where((kind == 3) & (torch.arange(length) % 3 > 0), some, runs)
     return torch.stack([few, some, runs]).to(dtype)
@@ -204,6 +209,39 @@ def test_every_tile_fits_its_lanes(launcher):
         tile = launcher._tile(reach)
         assert tile + reach % tile <= launcher.LANES < 3 * tile
         assert reach // tile >= 2
+
+
+def random_geometry(choose):
+    """length, window, left, out_length, in any combination."""
+    length = choose.choice((0, 1, 2, choose.randint(3, 40), choose.randint(3, 200)))
+    window = choose.choice((choose.randint(1, 12), choose.randint(1, 80), choose.randint(1, 400)))
+    left = choose.choice((0, window - 1, (window - 1) // 2, choose.randint(0, 300)))
+    whole = max(0, length + left - window + 1)
+    return length, window, left, choose.choice((0, 1, choose.randint(1, 60), whole, length))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_geometry(launcher, monkeypatch, seed):
+    choose = random.Random(seed)
+    monkeypatch.setattr(launcher, "LANES", choose.choice((16, 32, 64, 256)))
+    monkeypatch.setattr(launcher, "SUM_LANES", choose.choice((16, 64, 1024)))
+    monkeypatch.setattr(launcher, "_TILE_STEP", choose.choice((1, 2, 4)))
+    dtype = choose.choice(family.DTYPES)
+    length, window, left, out_length = random_geometry(choose)
+    x = special_rows(dtype, max(length, 1), seed)[:, :length]
+    minimum, ignore_nan, last = choose.choice(POLICIES)
+    how = (1, window, 1, 1, left, out_length, "constant", minimum, ignore_nan and dtype.is_floating_point, last)
+    back = (1, length, window, 1, 1, left, "constant")
+    grad_y = torch.randn(3, out_length, generator=torch.Generator().manual_seed(seed))
+    results = []
+    for backend, device in (("triton", DEVICE), ("native", "cpu")):
+        with pyperf_dl.backend(backend):
+            y, offsets = family._extremum_offsets(x.to(device), *how)
+            sums = family._backward(grad_y.to(device), offsets, *back)
+            taken = family._gather(x.to(device), offsets, 1, *back[2:])
+            results.append((y, offsets, sums, taken, family._index(offsets, *back)))
+    for got, wanted in zip(*results, strict=True):
+        assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("window", [4, 50])

@@ -14,7 +14,7 @@ stage() {  # stage NAME COMMAND...
 stage "tests" tools/test.sh "$python"
 stage "sanitizer drivers, every width" "$python" -m pytest tests/test_native.py --full
 stage "new memory filled with NaN" "$python" -m pytest tests --deterministic --ignore tests/test_native.py
-stage "long property runs" "$python" -m pytest tests --hypothesis-profile=long -k "hypothesis or property or random"
+stage "long property runs" "$python" -m pytest tests -m hypothesis --hypothesis-profile=long
 stage "extension under AddressSanitizer" tools/test_asan.sh "$python"
 
 if ((${#failed[@]})); then

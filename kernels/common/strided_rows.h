@@ -19,8 +19,8 @@ struct StridedRows {
   // Element offsets of the row's first element, one for each operand.
   PYPERF_HD void offsets(int64_t row, int64_t (&out)[N]) const {
     for (int n = 0; n < N; ++n) out[n] = 0;
-    for (int d = dims - 1; d >= 0; --d) {
-      const int64_t next = row / size[d];
+    for (int d = dims - 1; d >= 0 && row; --d) {
+      const int64_t next = d ? row / size[d] : 0;  // the outermost index needs no division
       const int64_t index = row - next * size[d];
       for (int n = 0; n < N; ++n) out[n] += index * stride[n][d];
       row = next;

@@ -9,12 +9,24 @@
 //                       window comes from the maxima of whole blocks
 // Nothing here branches on the data.
 
-// One machine vector, as the compiler's own vector type; 128-bit elements go one by one.
+// kCount machine vectors, as the compiler's own vector type; 128-bit elements go one by one.
 template <class E>
-struct Vector {
+struct Machine {
   static constexpr int kLanes = PYPERF_VECTOR_BYTES / int(sizeof(E));
-  typedef E Native __attribute__((vector_size(PYPERF_VECTOR_BYTES)));
-  Native v;
+  typedef E Vector __attribute__((vector_size(PYPERF_VECTOR_BYTES)));
+  static Vector fill(E e) { return Vector{} + e; }
+};
+template <>
+struct Machine<__int128> {
+  static constexpr int kLanes = 1;
+  typedef __int128 Vector;
+  static Vector fill(__int128 e) { return e; }
+};
+
+template <class E, int kCount = 1>
+struct Vector {
+  static constexpr int kLanes = kCount * Machine<E>::kLanes;
+  typename Machine<E>::Vector v[kCount];
 
   static Vector load(const E* p) {
     Vector r;
@@ -22,20 +34,17 @@ struct Vector {
     return r;
   }
   void store(E* p) const { memcpy(p, &v, sizeof v); }
-  static Vector fill(E e) { return {Native{} + e}; }
+  static Vector fill(E e) {
+    Vector r;
+    for (int i = 0; i < kCount; ++i) r.v[i] = Machine<E>::fill(e);
+    return r;
+  }
 };
-template <>
-struct Vector<__int128> {
-  static constexpr int kLanes = 1;
-  __int128 v;
-
-  static Vector load(const __int128* p) { return {*p}; }
-  void store(__int128* p) const { *p = v; }
-  static Vector fill(__int128 e) { return {e}; }
-};
-template <class E>
-Vector<E> maximum(Vector<E> a, Vector<E> b) {
-  return {a.v > b.v ? a.v : b.v};
+template <class E, int kCount>
+Vector<E, kCount> maximum(const Vector<E, kCount>& a, const Vector<E, kCount>& b) {
+  Vector<E, kCount> r;
+  for (int i = 0; i < kCount; ++i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return r;
 }
 
 // A key alone (E == Key), or a key in the high bits of E above its position in tie order. The low bits are 0 exactly
@@ -65,8 +74,8 @@ struct Element {
 
 template <class E>
 constexpr int kLanes = Vector<E>::kLanes;
-template <class E>
-constexpr int64_t kBlock = (16 << 10) / (kLanes<E> * int64_t(sizeof(E)));  // vectors; two blocks stay in the L1 cache
+template <class V, class E>
+constexpr int64_t kBlock = (16 << 10) / (V::kLanes * int64_t(sizeof(E)));  // vectors; two blocks stay in the L1 cache
 
 // s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of two and s holds n + span - 1 elements.
 template <class E>
@@ -113,7 +122,8 @@ struct Sequence {
   void load(E* out, int64_t j, int64_t n) const {
     const auto clip = [&](int64_t limit) {  // first element at or after position `limit`
       const int64_t distance = limit - position(j);
-      return std::clamp<int64_t>((distance + windows.dilation - 1) / windows.dilation, 0, n);
+      const int64_t steps = windows.dilation == 1 ? distance : (distance + windows.dilation - 1) / windows.dilation;
+      return std::clamp<int64_t>(steps, 0, n);
     };
     const int64_t inside = position(j) >= 0 ? 0 : clip(0);
     const int64_t beyond = position(j) >= windows.length ? 0 : clip(windows.length);
@@ -172,14 +182,15 @@ struct Sequence {
   }
 
   bool dense() const { return phases == 1 && step == 1 && y_stride == 1; }
-  int64_t skip(int64_t k) const { return (step - k % step) % step; }
+  int64_t skip(int64_t k) const { return step == 1 ? 0 : (step - k % step) % step; }
   int64_t output(int64_t k) const { return phase + k / step * phases; }
 };
 
 // Vectors of the van Herk recursion along a row: lane l of vector k covers the elements kL + l ... kL + l + L - 1.
 template <class Key, class E>
 struct RowVectors {
-  static constexpr int64_t L = kLanes<E>;
+  using V = Vector<E>;
+  static constexpr int64_t L = V::kLanes;
   const Sequence<Key, E>& sequence;
   int64_t begin, end;  // results wanted; vector 0 starts at `begin`
 
@@ -201,10 +212,12 @@ struct RowVectors {
   }
 };
 
-// The same along a dimension that is not the dense one: a vector holds one element of kLanes neighbouring rows.
+// The same along a dimension that is not the dense one: a vector holds one element of each of L neighbouring rows, and
+// takes whole cache lines with it.
 template <class Key, class E>
 struct ColumnVectors {
-  static constexpr int64_t L = kLanes<E>;
+  using V = Vector<E, 4>;
+  static constexpr int64_t L = V::kLanes;
   const Sequence<Key, E>& sequence;
   int64_t begin, end;
   int64_t lanes;  // <= L
@@ -261,9 +274,8 @@ struct ColumnVectors {
 };
 
 // Maximum of the last `n` vectors pushed, in time that depends on neither n nor the data.
-template <class E>
+template <class V, class E>
 struct RecentMaximum {
-  using V = Vector<E>;
   int64_t n, count = 0;
   E* ring;      // [n, L]
   E* suffix;    // [n, L] of the last full turn
@@ -293,33 +305,34 @@ struct RecentMaximum {
 };
 
 // Blocks that are handled together: short ones would not be worth the calls.
-template <class E>
+template <class V, class E>
 int64_t batch_of(int64_t block) {
-  return std::max<int64_t>(1, kBlock<E> / 2 / block);
+  return std::max<int64_t>(1, kBlock<V, E> / 2 / block);
 }
 
-template <class E>
+template <class V, class E>
 int64_t van_herk_elements(int64_t whole, int64_t reach) {
-  const int64_t block = std::min(whole, kBlock<E>), between = std::max<int64_t>(reach - block - 1, 0);
+  const int64_t block = std::min(whole, kBlock<V, E>), between = std::max<int64_t>(reach - block - 1, 0);
   const int64_t full = between / block;
-  return 2 * (batch_of<E>(block) * block + 1) * kLanes<E> + RecentMaximum<E>::elements(full) + (full + 1) * kLanes<E>;
+  return 2 * (batch_of<V, E>(block) * block + 1) * V::kLanes + RecentMaximum<V, E>::elements(full) +
+         (full + 1) * V::kLanes;
 }
 
 // Windows of `reach` vectors (the last one may overlap its neighbour: it ends where the window ends).
 template <class E, class Vectors>
 void van_herk(const Vectors& source, E* memory) {
-  using V = Vector<E>;
+  using V = typename Vectors::V;
   constexpr int64_t L = V::kLanes;
-  const int64_t block = std::min(source.whole(), kBlock<E>);
+  const int64_t block = std::min(source.whole(), kBlock<V, E>);
   const int64_t between = std::max<int64_t>(source.reach() - block - 1, 0);  // leading vectors before the own block
   const int64_t full = between / block, rest = between % block;
 
-  const int64_t batch = between ? block : batch_of<E>(block) * block;
+  const int64_t batch = between ? block : batch_of<V, E>(block) * block;
 
   E* trail = memory;                  // [batch + 1, L]
   E* lead = trail + (batch + 1) * L;  // [batch + 1, L]
   E* tails = lead + (batch + 1) * L;  // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
-  RecentMaximum<E> recent(full, tails + (full + 1) * L);
+  RecentMaximum<V, E> recent(full, tails + (full + 1) * L);
   const V lowest = V::fill(Vectors::lowest());
   int64_t seen = 0;  // leading blocks so far
   const auto remember = [&](V whole_block, const E* tail) {
@@ -433,11 +446,11 @@ void stretch(const Sequence<Key, E>& s, int64_t begin, int64_t end, int64_t lane
   }
 }
 
-template <class E>
+template <class Key, class E>
 int64_t stretch_elements(int64_t window, bool columns) {
-  const int64_t per_vector = columns ? 1 : kLanes<E>;
-  if (!columns && window <= kShort<E>) return kTile<E> + 2 * kShort<E>;
-  return van_herk_elements<E>(window / per_vector, (window + per_vector - 1) / per_vector);
+  if (columns) return van_herk_elements<typename ColumnVectors<Key, E>::V, E>(window, window);
+  if (window <= kShort<E>) return kTile<E> + 2 * kShort<E>;
+  return van_herk_elements<Vector<E>, E>(window / kLanes<E>, (window + kLanes<E> - 1) / kLanes<E>);
 }
 
 // Work is dealt in units of kUnit results; neighbouring units that reach one thread are done as one stretch, because
@@ -452,10 +465,11 @@ void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
   const Windows& w = p.windows;
   const Phases phases(w);
   const bool columns = p.lanes > 1;
-  const int64_t lane_blocks = columns ? (p.lanes + kLanes<E> - 1) / kLanes<E> : 1;
+  constexpr int64_t kColumns = ColumnVectors<Key, E>::L;
+  const int64_t lane_blocks = columns ? (p.lanes + kColumns - 1) / kColumns : 1;
   const int64_t used_phases = std::min(phases.count, w.out_length);
   const auto results = [&](int64_t phase) { return (phases.outputs(w, phase) - 1) * phases.step + 1; };
-  const int64_t unit = columns ? std::max<int64_t>(kUnit / kLanes<E>, 1) : kUnit;
+  const int64_t unit = columns ? std::max<int64_t>(kUnit / kColumns, 1) : kUnit;
   const int64_t units = (results(0) + unit - 1) / unit;
   const int64_t total = p.rows.count * lane_blocks * used_phases * units;
   const int64_t grain = kGrain * std::max<int64_t>(1, unit / (results(0) + 64));  // short rows: more of them
@@ -465,14 +479,17 @@ void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
   const auto run = [&](int64_t first, int64_t last, char* scratch) {
     E* memory = reinterpret_cast<E*>(scratch);
     for (int64_t t = first; t < last;) {
-      const int64_t group = t / units, from = t % units;
+      const int64_t group = units == 1 ? t : t / units, from = t - group * units;
       const int64_t to = std::min(units, from + (last - t));
       t += to - from;
-      const int64_t phase = group % used_phases, column = group / used_phases % lane_blocks * kLanes<E>;
+      int64_t phase = 0, row = group;
+      if (used_phases > 1) phase = row % used_phases, row /= used_phases;
+      int64_t column = 0;
+      if (lane_blocks > 1) column = row % lane_blocks * kColumns, row /= lane_blocks;
       int64_t base[2];
-      p.rows.offsets(group / used_phases / lane_blocks, base);
+      p.rows.offsets(row, base);
       const int64_t x_at = base[0] + column, y_at = base[1] + column;
-      const int64_t lanes = columns ? std::min<int64_t>(kLanes<E>, p.lanes - column) : 0;
+      const int64_t lanes = columns ? std::min<int64_t>(kColumns, p.lanes - column) : 0;
       const int64_t end = std::min(to * unit, results(phase));
       for (int64_t begin = from * unit; begin < end; begin += longest) {
         for (int o = 0; o < p.outputs; ++o) {
@@ -485,7 +502,7 @@ void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
       }
     }
   };
-  parallel(total, grain, stretch_elements<E>(w.window, columns) * int64_t(sizeof(E)), run);
+  parallel(total, grain, stretch_elements<Key, E>(w.window, columns) * int64_t(sizeof(E)), run);
 }
 
 template <class Key, class Parallel>

@@ -244,10 +244,33 @@ void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel) {
   });
 }
 
+template <class Offset>
+void index_row(const WinnerIndex& p, int64_t row) {
+  int64_t base[2];
+  p.rows.offsets(row, base);
+  const Windows w = p.windows;
+  const Offset* taps = static_cast<const Offset*>(p.offsets) + base[0];
+  int64_t* index = p.index + base[1];
+  for (int64_t i = 0; i < w.out_length; ++i) {
+    const Offset tap = taps[i * p.offsets_stride];
+    const int64_t position = w.start(i) + int64_t(tap) * w.dilation;
+    const bool found = tap != Offset(-1) && position >= 0 && position < w.length;
+    index[i * p.index_stride] = found ? position : -1;
+  }
+}
+
 template <class Parallel>
 void winner_index(const WinnerIndex& p, const Parallel& parallel) {
   if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
+    using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    if (p.windows.edge == Edge::constant && p.lanes == 1) {
+      parallel(p.rows.count, std::max<int64_t>(1, kElementGrain / p.windows.out_length), 0,
+               [&](int64_t first, int64_t last, char*) {
+                 for (int64_t row = first; row < last; ++row) index_row<Offset>(p, row);
+               });
+      return;
+    }
     visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,
                   [&](int64_t i, int64_t lane, const int64_t(&base)[2], int64_t source) {
                     p.index[base[1] + lane + i * p.index_stride] = source;

@@ -256,8 +256,8 @@ def extremum_offsets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     taps = winners(x, dim, window, stride, dilation, left, out_length, mode, minimum, ignore_nan, last)
     y, _ = taken(x, taps, dim, stride, dilation, left, mode)
-    if y.is_floating_point():
-        y = torch.where(y.isnan(), torch.full_like(y, math.nan) + y, y)  # one NaN pattern out; its gradient passes
+    if y.is_floating_point() and not y.requires_grad:
+        y = y.masked_fill(y.isnan(), math.nan)  # one NaN pattern out; a fill would stop the gradient of a NaN
     y = y.masked_fill(taps < 0, empty_value(x.dtype, minimum, ignore_nan))
     return y, torch.where(taps < 0, none_offset(window), taps).to(offset_dtype(window))
 
