@@ -2,6 +2,7 @@
 #include "sliding_window.h"
 
 #include <cstring>
+#include <utility>
 
 #include "../kernels/cpu/sliding_window_winners.h"
 #include "common/simd.h"

@@ -62,6 +62,10 @@ inline void check_sizes(const char* what, const Tensor& t, const std::vector<int
           "sliding_window: ", what, " has a shape that does not belong to its companion");
 }
 
+inline void check_one_device(const Tensor& a, const Tensor& b) {
+  require(a.device() == b.device(), "sliding_window: tensors must be on one device");
+}
+
 // ---- dtypes ----
 
 struct Dtype {
@@ -204,6 +208,7 @@ Tensor backward(Tensor grad_y, Tensor offsets, int64_t dim, int64_t length, int6
   const int64_t out_length = dim >= 0 && dim < offsets.dim() ? offsets.size(dim) : 0;
   const Windows w = checked_windows(offsets, dim, length, out_length, window, stride, dilation, left, mode);
   check_offsets(offsets, w);
+  check_one_device(grad_y, offsets);
   check_sizes("grad_y", grad_y, resized(offsets, dim, out_length));
   Tensor grad_x = empty(grad_y, resized(offsets, dim, length), physical_layout(offsets), grad_y.scalar_type());
   RowsAlong<3> along({&grad_y, &offsets, &grad_x}, dim);
@@ -234,6 +239,7 @@ Tensor gather(Tensor values, Tensor offsets, int64_t dim, int64_t window, int64_
   const int64_t out_length = in_range ? offsets.size(dim) : 0, length = in_range ? values.size(dim) : 0;
   const Windows w = checked_windows(offsets, dim, length, out_length, window, stride, dilation, left, mode);
   check_offsets(offsets, w);
+  check_one_device(values, offsets);
   check_sizes("values", values, resized(offsets, dim, length));
   Tensor y = empty(values, resized(offsets, dim, out_length), physical_layout(offsets), values.scalar_type());
   RowsAlong<3> along({&values, &offsets, &y}, dim);

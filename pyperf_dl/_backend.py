@@ -56,16 +56,17 @@ class backend:  # noqa: N801 - a context manager reads as a verb
         if name == "triton":
             _register_triton()
         self.name = name
+        self.before: list[str | None] = []
 
     def __enter__(self) -> backend:
         global _forced
-        self.before = _forced
+        self.before.append(_forced)
         _forced = self.name
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _forced
-        _forced = self.before
+        _forced = self.before.pop()
 
 
 def triton_installed() -> bool:

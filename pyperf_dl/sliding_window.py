@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,11 +76,18 @@ def _fake_minmax_offsets(x, dim, window, stride, dilation, left, out_length, mod
     return tuple(_laid_out(x, dim, out_length, dtype) for dtype in dtypes)
 
 
+def _check_one_device(first, second):
+    if first.device != second.device:
+        raise RuntimeError(f"sliding_window: tensors must be on one device, got {first.device} and {second.device}")
+
+
 def _fake_backward(grad_y, offsets, dim, length, window, stride, dilation, left, mode):
+    _check_one_device(grad_y, offsets)
     return _laid_out(offsets, dim, length, grad_y.dtype)
 
 
 def _fake_gather(values, offsets, dim, window, stride, dilation, left, mode):
+    _check_one_device(values, offsets)
     return _laid_out(offsets, dim, offsets.shape[dim], values.dtype)
 
 
@@ -273,6 +281,7 @@ class _Call(NamedTuple):
 
     op: str
     axes: tuple[_Axis, ...]
+    taps: int
     mode: str
     ignore_nan: bool
     min_count: int
@@ -311,6 +320,12 @@ def _paddings(op: str, padding: Any, dims: int) -> list[str | tuple[int, int]]:
 
 def _axis(op: str, dim: int, length: int, window: int, stride: int, dilation: int, padding: str | tuple[int, int]) -> _Axis:
     extent = (window - 1) * dilation + 1
+    sizes = {"window": window, "stride": stride, "dilation": dilation, "window * dilation": extent}
+    if not isinstance(padding, str):
+        sizes["padding"] = max(padding)
+    for name, size in sizes.items():
+        if type(size) is int and size >= 2**58:
+            raise ValueError(f"{op}: {name} must be < 2**58, got {size}")
     if padding == "same" or padding == "causal":
         left = (extent - 1) // 2 if padding == "same" else extent - 1
         return _Axis(dim, length, window, stride, dilation, left, (length + stride - 1) // stride)
@@ -325,9 +340,23 @@ def _axis(op: str, dim: int, length: int, window: int, stride: int, dilation: in
     return _Axis(dim, length, window, stride, dilation, left, (padded - extent) // stride + 1)
 
 
-def _checked(
+def _checked(op: str, x: Any, *arguments: Any) -> _Call:
+    """The call that the arguments describe: window, dim, stride, dilation, padding, mode, min_count, nan, ties,
+    return_indices, index, recompute."""
+    _checks.strided_tensor(op, "x", x, DTYPES)
+    plain = all(type(a) in _CACHED_TYPES for a in arguments) and all(type(n) is int for n in x.shape)
+    # Sizes may be symbols, and containers compare equal where their entries differ in type.
+    plan = _planned if plain and not torch.compiler.is_compiling() else _plan
+    call = plan(op, x.shape, x.dtype, *arguments)
+    if call.taps >= 2**31 and (call.return_indices or (torch.is_grad_enabled() and x.requires_grad)):
+        raise ValueError(f"{op}: indices and gradients need windows of fewer than 2**31 elements, got {call.taps}")
+    return call
+
+
+def _plan(
     op: str,
-    x: Any,
+    shape: torch.Size,
+    dtype: torch.dtype,
     window: Any,
     dim: Any,
     stride: Any,
@@ -341,13 +370,13 @@ def _checked(
     index: Any,
     recompute: Any,
 ) -> _Call:
-    _checks.strided_tensor(op, "x", x, DTYPES)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension, got {_checks.described(x)}")
+    rank = len(shape)
+    if rank == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a tensor {dtype} {list(shape)}")
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
     if not dims:
         raise ValueError(f"{op}: dim must name at least one dimension, got {dim!r}")
-    dims = [_checks.dimension(op, "dim", d, x.dim()) for d in dims]
+    dims = [_checks.dimension(op, "dim", d, rank) for d in dims]
     if len(set(dims)) != len(dims):
         raise ValueError(f"{op}: dim must name each dimension once, got {dim!r}")
     windows = _per_dim(op, "window", window, len(dims), 1)
@@ -363,22 +392,22 @@ def _checked(
     count = 1
     if min_count is not None:
         count = _checks.integer(op, "min_count", min_count, 0)
-        if not x.is_floating_point():
-            raise TypeError(f"{op}: min_count needs a float dtype, for it marks windows with NaN, got {x.dtype}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"{op}: min_count needs a float dtype, for it marks windows with NaN, got {dtype}")
         if not ignore:
             raise ValueError(f"{op}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}")
-    axes = tuple(
-        _axis(op, d, x.shape[d], *rest) for d, *rest in zip(dims, windows, strides, dilations, pads, strict=True)
-    )
+    axes = tuple(_axis(op, d, shape[d], *rest) for d, *rest in zip(dims, windows, strides, dilations, pads, strict=True))
+    taps = 1
     for axis in axes:
         if mode != "constant" and axis.length == 0 and axis.out_length != 0:
             raise ValueError(f"{op}: mode={mode!r} needs at least one element along dim {axis.dim}, got length 0")
-    taps = 1
-    for axis in axes:
         taps = taps * axis.window
-    if (return_indices or (torch.is_grad_enabled() and x.requires_grad)) and taps >= 2**31:
-        raise ValueError(f"{op}: indices and gradients need windows of fewer than 2**31 elements, got {taps}")
-    return _Call(op, axes, mode, ignore and x.is_floating_point(), count, last, return_indices, global_index, recompute)
+    return _Call(op, axes, taps, mode, ignore and dtype.is_floating_point, count, last, return_indices, global_index, recompute)
+
+
+# Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
+_CACHED_TYPES = (int, str, bool, type(None))
+_planned = functools.lru_cache(maxsize=1024, typed=True)(_plan)
 
 
 # ---- one call ----
@@ -475,10 +504,7 @@ def _indices(side: _Side, call: _Call) -> torch.Tensor:
     combined = combined.masked_fill(none, -1)
     if call.global_index:
         return combined
-    taps = 1
-    for axis in raster:
-        taps *= axis.window
-    return combined.masked_fill(none, reference.none_offset(taps)).to(reference.offset_dtype(taps))
+    return combined.masked_fill(none, reference.none_offset(call.taps)).to(reference.offset_dtype(call.taps))
 
 
 _MINIMA = {"max": (False,), "min": (True,), "minmax": (True, False)}
@@ -499,15 +525,15 @@ def _run(x: torch.Tensor, call: _Call, which: str) -> list[torch.Tensor]:
         else:
             short = _valid_count(x.detach(), call) < call.min_count
             values = [y.masked_fill(short, torch.nan) for y in values]
-            none = [255 if i.dtype == torch.uint8 else -1 for i in indices]
-            indices = [i.masked_fill(short, n) for i, n in zip(indices, none, strict=True)]
+            none = -1 if call.global_index else reference.none_offset(call.taps)
+            indices = [i.masked_fill(short, none) for i in indices]
     return values + indices
 
 
 _ARGUMENTS = """
 
     Args:
-        x: any rank >= 1, dense. Dtypes: float16, bfloat16, float32, float64, uint8, int8 ... int64, bool.
+        x: any rank >= 1, any strides (not sparse, quantized or nested). Dtypes: float16, bfloat16, float32, float64, uint8, int8 ... int64, bool.
         window: elements (taps) in a window, >= 1.
         dim: the dimension, or a tuple of them (a flat box; ``window``, ``stride`` and ``dilation`` may then be tuples).
         stride: distance of neighbouring windows, in elements.
@@ -535,7 +561,7 @@ _ARGUMENTS = """
     A window that holds no value gives the neutral element (-inf for a maximum, the lowest integer), or NaN with
     ``nan="ignore"``. Exact, and the same bits on every backend, device and number of threads, gradients included: a
     gradient goes to the one winner, and sums are added in one fixed order, without atomics (the reference backend
-    leaves that order to torch). The time depends neither
+    leaves that order, and the payload of a NaN that carries a gradient, to torch). The time depends neither
     on the window nor on the data. Differentiable any number of times; works under torch.compile, export and torch.func.
 
     Follows Lemire, "Streaming maximum-minimum filter using no more than three comparisons per element" (2006), van Herk
@@ -736,6 +762,13 @@ class _StreamState(NamedTuple):
     counts: _Counts | None  # with min_count
 
 
+def _copied(state: Any) -> Any:
+    """The same values in tensors of their own: a running stream writes on its block in place."""
+    if isinstance(state, tuple):
+        return type(state)(*map(_copied, state))
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
 class SlidingWindowStream(torch.nn.Module):
     """Extrema of sliding windows over a sequence that arrives in chunks, bit for bit those of the whole sequence.
 
@@ -789,14 +822,14 @@ class SlidingWindowStream(torch.nn.Module):
         self._state: _StreamState | None = None
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, op={self.op!r}, dim={self.dim}, stride={self.stride}, padding={self.padding!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
 
     # -- what a user calls --
 
     def forward(self, chunk: torch.Tensor) -> Any:
         """Outputs whose windows the chunk completes; the time dimension may have any length, 0 too."""
         samples = self._checked_chunk(chunk)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a state that any later mode can go on with
             state, before = (self._state, samples[..., :0]) if self._state else self._start(samples)
             state, dense = self._push(state, samples)
         self._state = state._replace(fed=state.fed + samples.shape[-1])
@@ -806,7 +839,7 @@ class SlidingWindowStream(torch.nn.Module):
         """Outputs that only the padding on the right completes; then starts anew."""
         if self._state is None:
             raise ValueError("SlidingWindowStream.flush: at least one chunk must come first, got none since the start")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             state, dense = self._push(self._state, self._nothing(self._state.block, self._right(self._state)))
         self._state = None
         return self._outputs(dense, state.position)
@@ -816,14 +849,18 @@ class SlidingWindowStream(torch.nn.Module):
         self._state = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        if self._state is None:
-            return {}
-        counts = self._state.counts
-        return self._state._asdict() | {"counts": None if counts is None else counts._asdict()}
+        return {"arguments": self._arguments(), "state": _copied(self._state)}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        counts = state.get("counts")
-        self._state = _StreamState(**state | {"counts": counts and _Counts(**counts)}) if state else None
+    def set_extra_state(self, saved: dict[str, Any]) -> None:
+        name, mine = "SlidingWindowStream.load_state_dict", self._arguments()
+        theirs = saved.get("arguments")
+        if theirs != mine:
+            raise ValueError(f"{name}: state_dict must come from a stream with the same arguments, {mine}, got {theirs}")
+        self._state = _copied(saved["state"])
+
+    def _arguments(self) -> dict[str, Any]:
+        names = ("window", "op", "dim", "stride", "dilation", "padding", "nan", "min_count")
+        return {name: getattr(self, name) for name in names}
 
     # -- geometry --
 

@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
-    if skipped:
-        terminalreporter.write_line(f"GPU tests: {len(skipped)} skipped ({missing_gpu()}); `make gpu-check` runs them")
+    if reason := missing_gpu():
+        skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+        terminalreporter.write_line(f"GPU tests: {skipped} skipped ({reason}); `make gpu-check` runs them")
 
 
 @pytest.fixture(autouse=True)

@@ -117,6 +117,9 @@ def test_backend_names():
         pyperf_dl.backend("cuda")
     with pyperf_dl.backend("reference"), pyperf_dl.backend("native"):
         assert pyperf_dl._backend.serving("cpu") == "native"
+    twice = pyperf_dl.backend("reference")
+    with twice, twice:
+        assert pyperf_dl._backend.serving(X) == "reference"
     assert pyperf_dl._backend._forced is None
 
 
@@ -173,6 +176,14 @@ def test_compile_takes_one_graph_and_keeps_it(requires_grad):
         for got, want in zip(compiled(x), f(x), strict=True):
             assert torch.equal(got, want)
     assert counter.frame_count <= 2
+
+
+def test_symbolic_tracing():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(lambda x: sliding_window_max(x, 3), tracing_mode="symbolic")(torch.randn(2, 20))
+    x = torch.randn(3, 31)
+    assert torch.equal(traced(x), sliding_window_max(x, 3))
 
 
 def test_compiled_gradients():

@@ -568,7 +568,7 @@ def test_stream_state_is_small_and_survives_errors():
     stream = SlidingWindowStream(64, "max")
     x = torch.randn(3, 1000)
     outputs = [stream(chunk) for chunk in x[:, :500].split(7, 1)]
-    held = sum(t.numel() for t in stream.state_dict()["_extra_state"].values() if isinstance(t, torch.Tensor))
+    held = sum(t.numel() for t in stream.state_dict()["_extra_state"]["state"] if isinstance(t, torch.Tensor))
     assert held <= 3 * (2 * 64 + 2)
     errors = [
         (ValueError, torch.randn(4, 5)),
@@ -589,6 +589,37 @@ def test_stream_state_is_small_and_survives_errors():
     with pytest.raises(ValueError, match="at least one chunk"):
         stream.flush()
     assert_same(stream(x[:2, :9]), sliding_window_max(x[:2, :9], 64, padding="causal"))
+
+
+def test_stream_checkpoints_are_independent():
+    x = torch.randn(2, 60)
+    stream, fork = SlidingWindowStream(7), SlidingWindowStream(7)
+    stream(x[:, :10])
+    fork.load_state_dict(stream.state_dict())
+    ours, theirs = [], []
+    for n in range(10, 60, 5):  # in turn, on different data
+        ours.append(stream(x[:, n : n + 5]))
+        theirs.append(fork(-x[:, n : n + 5]))
+    other = torch.cat([x[:, :10], -x[:, 10:]], 1)
+    assert_same(torch.cat(ours, 1), sliding_window_max(x, 7, padding="causal")[:, 10:])
+    assert_same(torch.cat(theirs, 1), sliding_window_max(other, 7, padding="causal")[:, 10:])
+
+
+@pytest.mark.parametrize("change", [{"window": 6}, {"op": "min"}, {"dilation": 2}, {"nan": "ignore"}, {"padding": "same"}])
+def test_stream_states_of_other_streams_are_refused(change):
+    stream = SlidingWindowStream(**{"window": 3} | change)
+    stream(torch.randn(9))
+    resumed = SlidingWindowStream(3)
+    with pytest.raises(ValueError, match="load_state_dict: state_dict must come from a stream with the same arguments"):
+        resumed.load_state_dict(stream.state_dict())
+    assert_same(resumed(torch.ones(2)), torch.ones(2))
+
+
+def test_stream_begun_in_inference_mode():
+    x, stream = torch.randn(40), SlidingWindowStream(8)
+    with torch.inference_mode():
+        first = stream(x[:13])
+    assert_same(torch.cat([first.clone(), stream(x[13:])]), sliding_window_max(x, 8, padding="causal"))
 
 
 # ---- bad input ----
@@ -628,6 +659,9 @@ BAD = [
     (ValueError, "min_count .* needs nan='ignore'", lambda f: f(X, 2, min_count=1)),
     (ValueError, "min_count must be >= 0, got -1", lambda f: f(X, 2, nan="ignore", min_count=-1)),
     (ValueError, "mode='wrap' needs at least one element", lambda f: f(torch.zeros(0), 2, padding=4, mode="wrap")),
+    (ValueError, r"window must be < 2\*\*58", lambda f: f(X, 2**60, padding="causal")),
+    (ValueError, r"stride must be < 2\*\*58", lambda f: f(X, 2, stride=2**64)),
+    (ValueError, r"padding must be < 2\*\*58", lambda f: f(X, 2, padding=(2**61, 5))),
     (ValueError, r"fewer than 2\*\*31 elements", lambda f: f(X, 2**31, padding="same", return_indices=True)),
 ]
 
@@ -677,6 +711,9 @@ def test_raw_operators_are_memory_safe():
         ops.sliding_window_extremum(x, 1, 0, 1, 1, 0, 8, "constant", False, False, False)
     with pytest.raises(RuntimeError, match="too long"):
         ops.sliding_window_extremum(x, 1, 2**62, 1, 2, 0, 8, "constant", False, False, False)
+    offsets = torch.zeros(2, 10, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="one device"):
+        ops.sliding_window_gather(x.to("meta"), offsets, 1, 3, 1, 1, 0, "constant")
     with pytest.raises(RuntimeError, match="offsets of another dtype"):
         ops.sliding_window_backward(x, torch.zeros(2, 10, dtype=torch.int64), 1, 10, 3, 1, 1, 0, "constant")
     with pytest.raises(RuntimeError, match="shape"):

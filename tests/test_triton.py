@@ -291,7 +291,8 @@ def test_layouts_and_dims(layout):
             leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
             with pyperf_dl.backend(backend):
                 y, index = pyperf_dl.sliding_window_max(leaf, 3, dim, padding=(2, 1), return_indices=True)
-                (grad,) = torch.autograd.grad(y, leaf, torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y))
+                grad_y = (torch.arange(y.numel(), device=DEVICE) * 37 % 101 / 8).view_as(y)
+                (grad,) = torch.autograd.grad(y, leaf, grad_y)
             outputs.append((y.detach(), index, grad))
         for got, wanted in zip(*outputs, strict=True):
             assert_same(got, wanted)
@@ -381,6 +382,17 @@ def test_offsets_that_no_forward_makes_touch_nothing(wide_programs):
         assert family._backward(grad_y, offsets, 1, 9, 255, 1, 1, 3, "constant").shape == (2, 9)
         assert family._index(offsets, 1, 9, 255, 1, 1, 3, "constant").max() < 9
         assert family._gather(grad_y[:, :9], offsets, 1, 255, 1, 1, 3, "constant").shape == (2, 40)
+
+
+def test_shapes_that_do_not_belong_together_raise():
+    grad_y, offsets = torch.ones(2, 40, device=DEVICE), torch.zeros(2, 40, dtype=torch.uint8, device=DEVICE)
+    with pyperf_dl.backend("triton"):
+        with pytest.raises(ValueError, match=r"must have shape \[2, 40\], got \[2, 39\]"):
+            family._backward(grad_y[:, 1:], offsets, 1, 42, 3, 1, 1, 0, "constant")
+        with pytest.raises(ValueError, match=r"must have shape \[2, 40\], got \[1, 40\]"):
+            family._gather(grad_y[:1], offsets, 1, 3, 1, 1, 0, "constant")
+        with pytest.raises(ValueError, match=r"offsets of window 300 must be torch.int16"):
+            family._index(offsets, 1, 42, 300, 1, 1, 0, "constant")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.bool], ids=str)

@@ -9,6 +9,7 @@ binary; these download several gigabytes each. Exit status 1 on a miss.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -125,8 +126,9 @@ class Trial:
     def outcome(self, python, **settings):
         """What the operators say in that environment, from outside the source tree."""
         said = run(python, *CHECK, cwd=self.folder, **settings).strip().splitlines()[-1]
-        versions = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
-        return f"{run(python, '-c', versions, cwd=self.folder).strip()}: {said}"
+        facts = json.loads(run(python, "-m", "pyperf_dl.env", "--json", cwd=self.folder, **settings))
+        versions, architectures = facts["versions"], " ".join(facts["binary"]["cuda_architectures"]) or "no CUDA"
+        return f"{said}: Python {versions['python']}, torch {versions['torch']}, {architectures}"
 
     # -- the ways to install --
 

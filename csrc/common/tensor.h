@@ -67,6 +67,8 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const
 // what does not fit kMaxRowDims afterwards is reported as `fits == false`, and the caller copies.
 template <int N>
 struct RowsAlong {
+  static constexpr int64_t kFewestLanes = 16;  // of fewer neighbours, each is faster as a strided row of its own
+
   StridedRows<N> rows{};
   int64_t lanes = 1;
   std::array<int64_t, N> stride{};  // along dim
@@ -105,7 +107,7 @@ struct RowsAlong {
     const auto dense = [](const std::array<int64_t, N>& s) {
       return std::all_of(s.begin(), s.end(), [](int64_t v) { return v == 1; });
     };
-    if (!merged.empty() && dense(merged.back().stride) && !dense(stride)) {
+    if (!merged.empty() && merged.back().size >= kFewestLanes && dense(merged.back().stride) && !dense(stride)) {
       lanes = merged.back().size;
       merged.pop_back();
     }

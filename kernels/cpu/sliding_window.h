@@ -1,5 +1,5 @@
 // Extrema of sliding windows on a CPU. Stamped once for each SIMD level (simd_levels.h), hence no includes in here;
-// prelude: <algorithm>, <cstdint>, <cstring>, <type_traits>, ../math/sliding_window.h.
+// prelude: <algorithm>, <cstdint>, <cstring>, <type_traits>, <utility>, ../math/sliding_window.h.
 //
 // Elements are ordered keys, or keys packed with a position where offsets are asked for; either way one maximum decides.
 //   short windows       maxima of 4, 16, 64 neighbours, then the union of up to four of these
@@ -28,20 +28,23 @@ struct Vector {
   static constexpr int kLanes = kCount * Machine<E>::kLanes;
   typename Machine<E>::Vector v[kCount];
 
-  static Vector load(const E* p) {
+  // One machine vector at a time: copied as a whole, the vectors of some levels go through memory.
+  PYPERF_HD static Vector load(const E* p) {
     Vector r;
-    memcpy(&r.v, p, sizeof r.v);
+    for (int i = 0; i < kCount; ++i) memcpy(&r.v[i], p + i * Machine<E>::kLanes, sizeof r.v[i]);
     return r;
   }
-  void store(E* p) const { memcpy(p, &v, sizeof v); }
-  static Vector fill(E e) {
+  PYPERF_HD void store(E* p) const {
+    for (int i = 0; i < kCount; ++i) memcpy(p + i * Machine<E>::kLanes, &v[i], sizeof v[i]);
+  }
+  PYPERF_HD static Vector fill(E e) {
     Vector r;
     for (int i = 0; i < kCount; ++i) r.v[i] = Machine<E>::fill(e);
     return r;
   }
 };
 template <class E, int kCount>
-Vector<E, kCount> maximum(const Vector<E, kCount>& a, const Vector<E, kCount>& b) {
+PYPERF_HD Vector<E, kCount> maximum(const Vector<E, kCount>& a, const Vector<E, kCount>& b) {
   Vector<E, kCount> r;
   for (int i = 0; i < kCount; ++i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return r;
@@ -77,11 +80,12 @@ constexpr int kLanes = Vector<E>::kLanes;
 template <class V, class E>
 constexpr int64_t kBlock = (16 << 10) / (V::kLanes * int64_t(sizeof(E)));  // vectors; two blocks stay in the L1 cache
 
-// s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of two and s holds n + span - 1 elements.
+// s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of two and s holds n + span - 1 elements,
+// or, from done > 1 on, n + span - done maxima of `done` elements.
 template <class E>
-void widen(E* s, int64_t n, int64_t span) {
+void widen(E* s, int64_t n, int64_t span, int64_t done = 1) {
   using V = Vector<E>;
-  int64_t d = 1;
+  int64_t d = done;
   for (; 4 * d <= span; d *= 4) {
     const int64_t count = n + span - 4 * d;
     int64_t i = 0;
@@ -95,6 +99,41 @@ void widen(E* s, int64_t n, int64_t span) {
     for (; i + V::kLanes <= n; i += V::kLanes) maximum(V::load(s + i), V::load(s + i + d)).store(s + i);
     for (; i < n; ++i) s[i] = std::max(s[i], s[i + d]);
   }
+}
+
+// Maxima of kLanes elements in registers: the vectors come from the end of the row to its start, and each step looks
+// into the vector after this one. For 512-bit vectors of 4- and 8-byte keys, where a shift across two vectors is one
+// instruction; elsewhere neighbours are cheaper to load again.
+template <class Key>
+struct Doubling {
+  static constexpr int L = kLanes<Key>;
+  static constexpr int kSteps = L == 8 ? 3 : 4;
+  using V = typename Machine<Key>::Vector;
+  V after[kSteps];  // of the vector behind: its elements, maxima of 2, of 4, of 8
+
+  template <int kShift, size_t... kLane>
+  static V shifted(V low, V high, std::index_sequence<kLane...>) {
+    return __builtin_shufflevector(low, high, int(kLane + kShift)...);
+  }
+  template <int kStep>
+  V from(V v) {
+    if constexpr (kStep == kSteps) {
+      return v;
+    } else {
+      const V behind = shifted<1 << kStep>(v, after[kStep], std::make_index_sequence<L>());
+      after[kStep] = v;
+      return from<kStep + 1>(v > behind ? v : behind);
+    }
+  }
+};
+
+template <class Key>
+typename Machine<Key>::Vector encoded(const OrderedKey<Key>& k, const Key* from) {
+  typename Machine<Key>::Vector bits;
+  memcpy(&bits, from, sizeof bits);
+  bits ^= k.pre;
+  const auto key = bits ^ ((bits >> OrderedKey<Key>::kSignShift) & k.float_mask);
+  return (bits & OrderedKey<Key>::kHighest) > k.infinity ? Machine<Key>::fill(k.nan) : key;
 }
 
 // The k-th dense window of a phase starts at element k of this sequence; Phases says which of them are outputs.
@@ -140,6 +179,27 @@ struct Sequence {
       for (int64_t i = inside; i < beyond; ++i)
         out[i] = Item::make(k.encode(from[(i - inside) * by]), at + i, last_wins, lowest_is_nothing);
     edge(out, j, std::max(inside, beyond), n);
+  }
+
+  // out[i] = max(element j + i, ..., element j + i + kLanes - 1) for i in [0, n).
+  void load_maxima(E* out, int64_t j, int64_t n) const {
+    constexpr int L = kLanes<E>;
+    if constexpr (!kIndexed && sizeof(E) >= 4 && PYPERF_VECTOR_BYTES == 64) {
+      const int64_t first = position(j), vectors = (n + L - 1) / L;
+      if (windows.dilation * x_stride == 1 && first >= 0 && first + (vectors + 1) * L <= windows.length) {
+        const Key* from = x + first;
+        Doubling<Key> doubling;
+        for (auto& v : doubling.after) v = Machine<Key>::fill(OrderedKey<Key>::kLowest);
+        doubling.template from<0>(encoded(order, from + vectors * L));
+        for (int64_t k = vectors - 1; k >= 0; --k) {
+          const auto maxima = doubling.template from<0>(encoded(order, from + k * L));
+          memcpy(out + k * L, &maxima, sizeof maxima);
+        }
+        return;
+      }
+    }
+    load(out, j, n + L - 1);
+    widen(out, n, L);
   }
 
   void edge(E* out, int64_t j, int64_t from, int64_t to) const {
@@ -201,8 +261,7 @@ struct RowVectors {
   int64_t reach() const { return (window() + L - 1) / L; }
 
   void fill(E* out, int64_t j, int64_t n) const {
-    sequence.load(out, j, n * L + L - 1);
-    widen(out, n * L, L);
+    sequence.load_maxima(out, j, n * L);
   }
   void trailing(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L, n); }
   void leading(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L + window() - L, n); }
@@ -420,8 +479,13 @@ void short_windows(const Sequence<Key, E>& s, int64_t begin, int64_t end, E* mem
   };
   for (int64_t k = begin; k < end; k += kTile<E>) {
     const int64_t n = std::min(kTile<E>, end - k);
-    s.load(memory, k, n + window - 1);
-    widen(memory, n + window - span, span);
+    if (span >= kLanes<E>) {
+      s.load_maxima(memory, k, n + window - kLanes<E>);
+      widen(memory, n + window - span, span, int64_t(kLanes<E>));
+    } else {
+      s.load(memory, k, n + window - 1);
+      widen(memory, n + window - span, span);
+    }
     if (!s.kIndexed && s.dense()) {
       Key* __restrict y = s.y + k;
       const OrderedKey<Key> order = s.order;

@@ -158,7 +158,7 @@ void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
            });
 }
 
-// With reflected or wrapped edges winners are ordered in the padded row only: sum there, then fold the edges.
+// Where padding reads elements, winners are ordered in the padded row only: sum there, then fold the edges.
 template <class T, class Offset, class Parallel>
 void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
   using A = typename Accumulate<T>::type;

@@ -286,6 +286,14 @@ def _store_sums(grad_x, to, total, mask):
         tl.store(grad_x + to, total.to(grad_x.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _negative_zeros(like):
+    """Bit by bit: Triton 3.4 takes the constant -0.0 for 0."""
+    WIDTH: tl.constexpr = like.dtype.primitive_bitwidth
+    bits = tl.full(like.shape, -(2 ** (WIDTH - 1)), tl.int64 if WIDTH == 64 else tl.int32)
+    return bits.to(like.dtype, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["left"])
 def sum_runs(
     values,  # [rows, items] gradients, or the partial sums of the pass before
@@ -330,7 +338,7 @@ def sum_runs(
         to = (row * tl.cdiv(items, GROUP) + item // GROUP) * 2
         tl.store(sums + to, total, mask=starts & first)
         tl.store(sum_winners + to, winner, mask=starts & first)
-        tl.store(sums + to + 1, tl.where(first, -0.0, total), mask=starts & touches_end)
+        tl.store(sums + to + 1, tl.where(first, _negative_zeros(total), total), mask=starts & touches_end)
         tl.store(sum_winners + to + 1, winner, mask=starts & touches_end)
         complete = complete & ~first & ~touches_end
     _store_sums(grad_x, row * length + winner, total, complete)

@@ -326,6 +326,15 @@ def _sums(grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor, lef
         values, winners = sums, sum_winners
 
 
+def _check_offsets(offsets: torch.Tensor, window: int, companion: torch.Tensor, dim: int, size: int) -> None:
+    """What memory safety needs: `companion` has `size` elements along dim and is shaped as the offsets elsewhere."""
+    expected = [*offsets.shape[:dim], size, *offsets.shape[dim + 1 :]]
+    if list(companion.shape) != expected:
+        raise ValueError(f"sliding_window: values or gradients must have shape {expected}, got {list(companion.shape)}")
+    if offsets.dtype != reference.offset_dtype(window):
+        raise ValueError(f"sliding_window: offsets of window {window} must be {reference.offset_dtype(window)}")
+
+
 def _storage(t: torch.Tensor) -> torch.Tensor:
     """bfloat16 as bits: the interpreter has no such arithmetic."""
     return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
@@ -335,6 +344,7 @@ def backward(grad_y, offsets, dim, length, window, stride, dilation, left, mode)
     if _uncovered("sliding_window_backward", stride, dilation, mode):
         return reference.backward(grad_y, offsets, dim, length, window, stride, dilation, left, mode)
     _check_device(grad_y)
+    _check_offsets(offsets, window, grad_y, dim, offsets.shape[dim])
     grad_x = _laid_out(offsets, dim, length, grad_y.dtype)
     if grad_x.numel() == 0 or grad_y.numel() == 0:
         return grad_x.zero_()
@@ -362,6 +372,7 @@ def _taken(
 def gather(values, offsets, dim, window, stride, dilation, left, mode):
     if _uncovered("sliding_window_gather", stride, dilation, mode):
         return reference.gather(values, offsets, dim, window, stride, dilation, left, mode)
+    _check_offsets(offsets, window, values, dim, values.shape[dim])
     out = _laid_out(offsets, dim, offsets.shape[dim], values.dtype)
     return _taken(values, offsets, out, dim, values.shape[dim], left)
 
@@ -369,4 +380,5 @@ def gather(values, offsets, dim, window, stride, dilation, left, mode):
 def index(offsets, dim, length, window, stride, dilation, left, mode):
     if _uncovered("sliding_window_index", stride, dilation, mode):
         return reference.index(offsets, dim, length, window, stride, dilation, left, mode)
+    _check_offsets(offsets, window, offsets, dim, offsets.shape[dim])
     return _taken(None, offsets, _laid_out(offsets, dim, offsets.shape[dim], torch.int64), dim, length, left)

@@ -237,7 +237,7 @@ def taken(x: torch.Tensor, taps: torch.Tensor, dim: int, stride: int, dilation: 
     index = source_positions(starts + taps * dilation, x.shape[dim], mode)
     index = torch.where(taps < 0, -1, index)
     if x.numel() == 0:
-        return x.new_zeros(taps.shape), index
+        return x.sum(dim, keepdim=True, dtype=x.dtype).expand(taps.shape), index
     return x.gather(dim, index.clamp(min=0)), index
 
 
