@@ -47,8 +47,8 @@ inline ScalarType offset_dtype(OffsetType type) {
 }
 
 inline void check_offsets(const Tensor& offsets, const Windows& w) {
-  require(offsets.scalar_type() == offset_dtype(offset_type(w.window)), "sliding_window: offsets of another dtype than window ",
-          w.window, " has");
+  require(offsets.scalar_type() == offset_dtype(offset_type(w.window)),
+          "sliding_window: offsets of another dtype than window ", w.window, " has");
 }
 
 inline std::vector<int64_t> resized(const Tensor& x, int64_t dim, int64_t size) {
@@ -129,9 +129,11 @@ enum class Which { maximum, minimum, both };
 
 // Values and, where asked for, offsets: {y}, {y, offsets}, {min, max} or {min, max, min offsets, max offsets}.
 template <class Backend>
-std::vector<Tensor> extrema(Tensor x, int64_t dim, Which which, int64_t window, int64_t stride, int64_t dilation, int64_t left,
-                            int64_t out_length, const std::string& mode, bool ignore_nan, OffsetType offset, bool last) {
-  const Windows w = checked_windows(x, dim, dim < x.dim() ? x.size(dim) : 0, out_length, window, stride, dilation, left, mode);
+std::vector<Tensor> extrema(Tensor x, int64_t dim, Which which, int64_t window, int64_t stride, int64_t dilation,
+                            int64_t left, int64_t out_length, const std::string& mode, bool ignore_nan,
+                            OffsetType offset, bool last) {
+  const Windows w =
+      checked_windows(x, dim, dim < x.dim() ? x.size(dim) : 0, out_length, window, stride, dilation, left, mode);
   require(offset == OffsetType::none || window < (int64_t(1) << 31), "sliding_window: offsets need window < 2**31");
   const Dtype dtype = dtype_of(x.scalar_type());
   const std::vector<int64_t> sizes = resized(x, dim, out_length);
@@ -143,7 +145,8 @@ std::vector<Tensor> extrema(Tensor x, int64_t dim, Which which, int64_t window, 
     for (int i = 0; i < count; ++i) out.push_back(empty(x, sizes, layout, offset_dtype(offset)));
   RowsAlong<2> along({&x, &out[0]}, dim);
   if (!along.fits) {
-    return extrema<Backend>(contiguous(x), dim, which, window, stride, dilation, left, out_length, mode, ignore_nan, offset, last);
+    return extrema<Backend>(contiguous(x), dim, which, window, stride, dilation, left, out_length, mode, ignore_nan,
+                            offset, last);
   }
   with_key(x.scalar_type(), [&](auto key) {
     using Key = decltype(key);
@@ -169,24 +172,24 @@ std::vector<Tensor> extrema(Tensor x, int64_t dim, Which which, int64_t window, 
 }
 
 template <class Backend>
-Tensor extremum(const Tensor& x, int64_t dim, int64_t window, int64_t stride, int64_t dilation, int64_t left, int64_t out_length,
-                std::string mode, bool minimum, bool ignore_nan, bool last) {
-  return extrema<Backend>(x, dim, minimum ? Which::minimum : Which::maximum, window, stride, dilation, left, out_length, mode,
-                          ignore_nan, OffsetType::none, last)[0];
+Tensor extremum(const Tensor& x, int64_t dim, int64_t window, int64_t stride, int64_t dilation, int64_t left,
+                int64_t out_length, std::string mode, bool minimum, bool ignore_nan, bool last) {
+  return extrema<Backend>(x, dim, minimum ? Which::minimum : Which::maximum, window, stride, dilation, left, out_length,
+                          mode, ignore_nan, OffsetType::none, last)[0];
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> extremum_offsets(const Tensor& x, int64_t dim, int64_t window, int64_t stride, int64_t dilation,
-                                            int64_t left, int64_t out_length, std::string mode, bool minimum, bool ignore_nan,
-                                            bool last) {
-  const auto out = extrema<Backend>(x, dim, minimum ? Which::minimum : Which::maximum, window, stride, dilation, left, out_length,
-                                    mode, ignore_nan, offset_type(window), last);
+std::tuple<Tensor, Tensor> extremum_offsets(const Tensor& x, int64_t dim, int64_t window, int64_t stride,
+                                            int64_t dilation, int64_t left, int64_t out_length, std::string mode,
+                                            bool minimum, bool ignore_nan, bool last) {
+  const auto out = extrema<Backend>(x, dim, minimum ? Which::minimum : Which::maximum, window, stride, dilation, left,
+                                    out_length, mode, ignore_nan, offset_type(window), last);
   return {out[0], out[1]};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> minmax(const Tensor& x, int64_t dim, int64_t window, int64_t stride, int64_t dilation, int64_t left,
-                                  int64_t out_length, std::string mode, bool ignore_nan, bool last) {
+std::tuple<Tensor, Tensor> minmax(const Tensor& x, int64_t dim, int64_t window, int64_t stride, int64_t dilation,
+                                  int64_t left, int64_t out_length, std::string mode, bool ignore_nan, bool last) {
   const auto out = extrema<Backend>(x, dim, Which::both, window, stride, dilation, left, out_length, mode, ignore_nan,
                                     OffsetType::none, last);
   return {out[0], out[1]};
@@ -194,8 +197,8 @@ std::tuple<Tensor, Tensor> minmax(const Tensor& x, int64_t dim, int64_t window, 
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> minmax_offsets(const Tensor& x, int64_t dim, int64_t window, int64_t stride,
-                                                          int64_t dilation, int64_t left, int64_t out_length, std::string mode,
-                                                          bool ignore_nan, bool last) {
+                                                          int64_t dilation, int64_t left, int64_t out_length,
+                                                          std::string mode, bool ignore_nan, bool last) {
   const auto out = extrema<Backend>(x, dim, Which::both, window, stride, dilation, left, out_length, mode, ignore_nan,
                                     offset_type(window), last);
   return {out[0], out[1], out[2], out[3]};
@@ -203,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> minmax_offsets(const Tensor& x, int64
 
 // grad_x from grad_y and the offsets of the forward; `length` is the size of x along dim.
 template <class Backend>
-Tensor backward(Tensor grad_y, Tensor offsets, int64_t dim, int64_t length, int64_t window, int64_t stride, int64_t dilation,
-                int64_t left, std::string mode) {
+Tensor backward(Tensor grad_y, Tensor offsets, int64_t dim, int64_t length, int64_t window, int64_t stride,
+                int64_t dilation, int64_t left, std::string mode) {
   const int64_t out_length = dim >= 0 && dim < offsets.dim() ? offsets.size(dim) : 0;
   const Windows w = checked_windows(offsets, dim, length, out_length, window, stride, dilation, left, mode);
   check_offsets(offsets, w);
@@ -212,7 +215,9 @@ Tensor backward(Tensor grad_y, Tensor offsets, int64_t dim, int64_t length, int6
   check_sizes("grad_y", grad_y, resized(offsets, dim, out_length));
   Tensor grad_x = empty(grad_y, resized(offsets, dim, length), physical_layout(offsets), grad_y.scalar_type());
   RowsAlong<3> along({&grad_y, &offsets, &grad_x}, dim);
-  if (!along.fits) return backward<Backend>(contiguous(grad_y), contiguous(offsets), dim, length, window, stride, dilation, left, mode);
+  if (!along.fits)
+    return backward<Backend>(contiguous(grad_y), contiguous(offsets), dim, length, window, stride, dilation, left,
+                             mode);
   with_float(grad_y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     WinnerSums<T> p{};
@@ -233,8 +238,8 @@ Tensor backward(Tensor grad_y, Tensor offsets, int64_t dim, int64_t length, int6
 
 // values at the winners: the transpose of backward.
 template <class Backend>
-Tensor gather(Tensor values, Tensor offsets, int64_t dim, int64_t window, int64_t stride, int64_t dilation, int64_t left,
-              std::string mode) {
+Tensor gather(Tensor values, Tensor offsets, int64_t dim, int64_t window, int64_t stride, int64_t dilation,
+              int64_t left, std::string mode) {
   const bool in_range = dim >= 0 && dim < offsets.dim() && values.dim() == offsets.dim();
   const int64_t out_length = in_range ? offsets.size(dim) : 0, length = in_range ? values.size(dim) : 0;
   const Windows w = checked_windows(offsets, dim, length, out_length, window, stride, dilation, left, mode);
@@ -243,7 +248,8 @@ Tensor gather(Tensor values, Tensor offsets, int64_t dim, int64_t window, int64_
   check_sizes("values", values, resized(offsets, dim, length));
   Tensor y = empty(values, resized(offsets, dim, out_length), physical_layout(offsets), values.scalar_type());
   RowsAlong<3> along({&values, &offsets, &y}, dim);
-  if (!along.fits) return gather<Backend>(contiguous(values), contiguous(offsets), dim, window, stride, dilation, left, mode);
+  if (!along.fits)
+    return gather<Backend>(contiguous(values), contiguous(offsets), dim, window, stride, dilation, left, mode);
   with_key(values.scalar_type(), [&](auto key) {
     using Bits = std::make_unsigned_t<decltype(key)>;
     WinnerGather<Bits> p{};
@@ -264,8 +270,8 @@ Tensor gather(Tensor values, Tensor offsets, int64_t dim, int64_t window, int64_
 
 // int64 positions of the winners in the row, -1 where there is none.
 template <class Backend>
-Tensor index(Tensor offsets, int64_t dim, int64_t length, int64_t window, int64_t stride, int64_t dilation, int64_t left,
-             std::string mode) {
+Tensor index(Tensor offsets, int64_t dim, int64_t length, int64_t window, int64_t stride, int64_t dilation,
+             int64_t left, std::string mode) {
   const int64_t out_length = dim >= 0 && dim < offsets.dim() ? offsets.size(dim) : 0;
   const Windows w = checked_windows(offsets, dim, length, out_length, window, stride, dilation, left, mode);
   check_offsets(offsets, w);
@@ -288,11 +294,11 @@ Tensor index(Tensor offsets, int64_t dim, int64_t length, int64_t window, int64_
 }  // namespace pyperf::sliding_window
 
 // Registers every operator of the family for one dispatch key.
-#define PYPERF_IMPLEMENT_SLIDING_WINDOW(m, Backend)                                                             \
-  m.impl("sliding_window_extremum", TORCH_BOX((pyperf::sliding_window::extremum<Backend>)));                     \
-  m.impl("sliding_window_extremum_offsets", TORCH_BOX((pyperf::sliding_window::extremum_offsets<Backend>)));     \
-  m.impl("sliding_window_minmax", TORCH_BOX((pyperf::sliding_window::minmax<Backend>)));                         \
-  m.impl("sliding_window_minmax_offsets", TORCH_BOX((pyperf::sliding_window::minmax_offsets<Backend>)));         \
-  m.impl("sliding_window_backward", TORCH_BOX((pyperf::sliding_window::backward<Backend>)));                     \
-  m.impl("sliding_window_gather", TORCH_BOX((pyperf::sliding_window::gather<Backend>)));                         \
+#define PYPERF_IMPLEMENT_SLIDING_WINDOW(m, Backend)                                                          \
+  m.impl("sliding_window_extremum", TORCH_BOX((pyperf::sliding_window::extremum<Backend>)));                 \
+  m.impl("sliding_window_extremum_offsets", TORCH_BOX((pyperf::sliding_window::extremum_offsets<Backend>))); \
+  m.impl("sliding_window_minmax", TORCH_BOX((pyperf::sliding_window::minmax<Backend>)));                     \
+  m.impl("sliding_window_minmax_offsets", TORCH_BOX((pyperf::sliding_window::minmax_offsets<Backend>)));     \
+  m.impl("sliding_window_backward", TORCH_BOX((pyperf::sliding_window::backward<Backend>)));                 \
+  m.impl("sliding_window_gather", TORCH_BOX((pyperf::sliding_window::gather<Backend>)));                     \
   m.impl("sliding_window_index", TORCH_BOX((pyperf::sliding_window::index<Backend>)))

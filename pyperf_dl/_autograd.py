@@ -34,10 +34,7 @@ _decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
-    for n in range(tensors):  # a loop, because a generator costs more than the call may
-        if args[n].requires_grad:
-            return True
-    return False
+    return args[0].requires_grad or (tensors > 1 and any(t.requires_grad for t in args[1:tensors]))
 
 
 class Operator:
@@ -73,7 +70,14 @@ class Operator:
         flops: Callable[..., int] | None = None,
     ) -> None:
         self.name, self.tensors, self.fake, self.reference, self.launch = name, tensors, fake, reference, launch
-        self.save, self.backward, self.jvp, self.batch, self.shard, self.flops = save, backward, jvp, batch, shard, flops
+        self.save, self.backward, self.jvp, self.batch, self.shard, self.flops = (
+            save,
+            backward,
+            jvp,
+            batch,
+            shard,
+            flops,
+        )
         self._triton: _Registered | None = None
         if _backend._C is not None:
             self.native = _Registered(self, name)
@@ -180,7 +184,9 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
 def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if (torch.is_grad_enabled() and _any_requires_grad(args, operator.tensors)) or any(map(_has_tangent, args[: operator.tensors])):
+        if (torch.is_grad_enabled() and _any_requires_grad(args, operator.tensors)) or any(
+            map(_has_tangent, args[: operator.tensors])
+        ):
             return function.apply(*args)
         with _AutoDispatchBelowAutograd():
             return op(*args)

@@ -64,7 +64,9 @@ class backend:  # noqa: N801 - a context manager reads as a verb
         _forced = self.name
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         global _forced
         _forced = self.before.pop()
 

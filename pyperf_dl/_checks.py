@@ -64,5 +64,7 @@ def dimension(op: str, name: str, value: Any, rank: int) -> int:
     """`value` as a dimension in [0, rank)."""
     dim = integer(op, name, value)
     if not -rank <= dim < rank:
-        raise ValueError(f"{op}: {name} must be in [{-rank}, {rank - 1}] for a tensor with {rank} dimensions, got {dim}")
+        raise ValueError(
+            f"{op}: {name} must be in [{-rank}, {rank - 1}] for a tensor with {rank} dimensions, got {dim}"
+        )
     return dim % rank

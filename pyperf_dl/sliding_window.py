@@ -318,7 +318,9 @@ def _paddings(op: str, padding: Any, dims: int) -> list[str | tuple[int, int]]:
     return [(both, both)] * dims
 
 
-def _axis(op: str, dim: int, length: int, window: int, stride: int, dilation: int, padding: str | tuple[int, int]) -> _Axis:
+def _axis(
+    op: str, dim: int, length: int, window: int, stride: int, dilation: int, padding: str | tuple[int, int]
+) -> _Axis:
     extent = (window - 1) * dilation + 1
     sizes = {"window": window, "stride": stride, "dilation": dilation, "window * dilation": extent}
     if not isinstance(padding, str):
@@ -395,14 +397,20 @@ def _plan(
         if not dtype.is_floating_point:
             raise TypeError(f"{op}: min_count needs a float dtype, for it marks windows with NaN, got {dtype}")
         if not ignore:
-            raise ValueError(f"{op}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}")
-    axes = tuple(_axis(op, d, shape[d], *rest) for d, *rest in zip(dims, windows, strides, dilations, pads, strict=True))
+            raise ValueError(
+                f"{op}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}"
+            )
+    axes = tuple(
+        _axis(op, d, shape[d], *rest) for d, *rest in zip(dims, windows, strides, dilations, pads, strict=True)
+    )
     taps = 1
     for axis in axes:
         if mode != "constant" and axis.length == 0 and axis.out_length != 0:
             raise ValueError(f"{op}: mode={mode!r} needs at least one element along dim {axis.dim}, got length 0")
         taps = taps * axis.window
-    return _Call(op, axes, taps, mode, ignore and dtype.is_floating_point, count, last, return_indices, global_index, recompute)
+    return _Call(
+        op, axes, taps, mode, ignore and dtype.is_floating_point, count, last, return_indices, global_index, recompute
+    )
 
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
@@ -451,7 +459,9 @@ def _extrema(x: torch.Tensor, call: _Call, which: str) -> list[_Side]:
             sides = _along(x, axis, call, which, call.return_indices)
         else:
             names = ["min", "max"] if which == "minmax" else [which]
-            outer = [_along(s.values, axis, call, name, call.return_indices)[0] for s, name in zip(sides, names, strict=True)]
+            outer = [
+                _along(s.values, axis, call, name, call.return_indices)[0] for s, name in zip(sides, names, strict=True)
+            ]
             if call.return_indices:
                 outer = [
                     _Side(o.values, (o.taps[0], *(_taken(t, o.taps[0], axis, call.mode) for t in s.taps)))
@@ -477,7 +487,11 @@ def _valid_count(x: torch.Tensor, call: _Call) -> torch.Tensor:
         rows = (max(0, (out - 1) * axis.stride) // axis.dilation + axis.window) * axis.dilation
         at = reference.source_positions(torch.arange(rows, device=x.device) - axis.left, length, call.mode)
         row = count.movedim(axis.dim, -1)
-        padded = torch.where(at >= 0, row.index_select(-1, at.clamp(min=0)), 0) if length else row.new_zeros(*row.shape[:-1], rows)
+        padded = (
+            torch.where(at >= 0, row.index_select(-1, at.clamp(min=0)), 0)
+            if length
+            else row.new_zeros(*row.shape[:-1], rows)
+        )
         total = torch.nn.functional.pad(padded.unflatten(-1, (-1, axis.dilation)).cumsum(-2), (0, 0, 1, 0)).flatten(-2)
         begin = torch.arange(out, device=x.device) * axis.stride
         part = total.index_select(-1, begin + axis.window * axis.dilation) - total.index_select(-1, begin)
@@ -533,14 +547,16 @@ def _run(x: torch.Tensor, call: _Call, which: str) -> list[torch.Tensor]:
 _ARGUMENTS = """
 
     Args:
-        x: any rank >= 1, any strides (not sparse, quantized or nested). Dtypes: float16, bfloat16, float32, float64, uint8, int8 ... int64, bool.
+        x: any rank >= 1, any strides (not sparse, quantized or nested). Dtypes: float16, bfloat16, float32, float64,
+            uint8, int8 ... int64, bool.
         window: elements (taps) in a window, >= 1.
         dim: the dimension, or a tuple of them (a flat box; ``window``, ``stride`` and ``dilation`` may then be tuples).
         stride: distance of neighbouring windows, in elements.
         dilation: distance of neighbouring taps, in elements. A window extends over e = (window - 1) * dilation + 1.
         padding: ``"valid"``: whole windows only, length (L - e) // stride + 1. ``"same"``: (e - 1) // 2 on the left,
             length ceil(L / stride). ``"causal"``: e - 1 on the left, length ceil(L / stride), so that output i sees
-            nothing after i * stride. An int p, or ``(left, right)`` of any size: length (L + left + right - e) // stride + 1.
+            nothing after i * stride. An int p, or ``(left, right)`` of any size: length
+            (L + left + right - e) // stride + 1.
         mode: what padding reads: ``"constant"`` (nothing), or as in scipy.ndimage ``"reflect"`` (d c b a | a b c d),
             ``"nearest"`` (a a a | a b c d), ``"wrap"`` (b c d | a b c d), ``"mirror"`` (d c b | a b c d).
         min_count: floats with ``nan="ignore"``: windows with fewer values that are not NaN give NaN, no index and no
@@ -552,7 +568,8 @@ _ARGUMENTS = """
         index: ``"global"``: int64 index of the winner along ``dim`` (raster index over several dims), -1 for none.
             ``"offset"``: its tap in the window, in uint8 up to 255 taps (255 for none), int16 up to 32767, else int32
             (-1 for none).
-        recompute: keep x for the backward and find the winners again there, instead of keeping 1, 2 or 4 bytes an output.
+        recompute: keep x for the backward and find the winners again there, instead of keeping 1, 2 or 4 bytes an
+            output.
 
     Raises:
         TypeError: x is no dense tensor of these dtypes; a count is no int; ``min_count`` for integers.
@@ -596,7 +613,20 @@ def sliding_window_max(
         y, or (y, indices). y has the dtype of x, and its memory format if x is dense.
     """
     call = _checked(
-        "sliding_window_max", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+        "sliding_window_max",
+        x,
+        window,
+        dim,
+        stride,
+        dilation,
+        padding,
+        mode,
+        min_count,
+        nan,
+        ties,
+        return_indices,
+        index,
+        recompute,
     )
     out = _run(x, call, "max")
     return tuple(out) if return_indices else out[0]
@@ -627,7 +657,20 @@ def sliding_window_min(
         y, or (y, indices). y has the dtype of x, and its memory format if x is dense.
     """
     call = _checked(
-        "sliding_window_min", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+        "sliding_window_min",
+        x,
+        window,
+        dim,
+        stride,
+        dilation,
+        padding,
+        mode,
+        min_count,
+        nan,
+        ties,
+        return_indices,
+        index,
+        recompute,
     )
     out = _run(x, call, "min")
     return tuple(out) if return_indices else out[0]
@@ -658,7 +701,20 @@ def sliding_window_minmax(
         (minimum, maximum), or (minimum, maximum, indices of the minimum, indices of the maximum).
     """
     call = _checked(
-        "sliding_window_minmax", x, window, dim, stride, dilation, padding, mode, min_count, nan, ties, return_indices, index, recompute
+        "sliding_window_minmax",
+        x,
+        window,
+        dim,
+        stride,
+        dilation,
+        padding,
+        mode,
+        min_count,
+        nan,
+        ties,
+        return_indices,
+        index,
+        recompute,
     )
     return tuple(_run(x, call, "minmax"))
 
@@ -818,7 +874,9 @@ class SlidingWindowStream(torch.nn.Module):
         self.nan = _checks.choice(name, "nan", nan, ("propagate", "ignore"))
         self.min_count = None if min_count is None else _checks.integer(name, "min_count", min_count, 0)
         if min_count is not None and nan != "ignore":
-            raise ValueError(f"{name}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}")
+            raise ValueError(
+                f"{name}: min_count counts the values that are not NaN, so it needs nan='ignore', got nan={nan!r}"
+            )
         self._state: _StreamState | None = None
 
     def extra_repr(self) -> str:
@@ -855,7 +913,9 @@ class SlidingWindowStream(torch.nn.Module):
         name, mine = "SlidingWindowStream.load_state_dict", self._arguments()
         theirs = saved.get("arguments")
         if theirs != mine:
-            raise ValueError(f"{name}: state_dict must come from a stream with the same arguments, {mine}, got {theirs}")
+            raise ValueError(
+                f"{name}: state_dict must come from a stream with the same arguments, {mine}, got {theirs}"
+            )
         self._state = _copied(saved["state"])
 
     def _arguments(self) -> dict[str, Any]:
@@ -896,7 +956,7 @@ class SlidingWindowStream(torch.nn.Module):
         return torch.stack([like.new_full((*rows, length), value) for value in values])
 
     def _outputs(self, dense: torch.Tensor, position: int) -> Any:
-        """Those results that are outputs: whole windows, every stride-th. dense: [sides, ..., n], the latest n samples'."""
+        """Those results that are outputs: whole windows, every stride-th. dense: [sides, ..., n], of the latest n."""
         first = position - dense.shape[-1] - (self._extent - 1)  # the dense window that dense[..., 0] is
         skip = -first if first < 0 else -first % self.stride
         out = [y.movedim(-1, self.dim) for y in dense[..., skip :: self.stride]]
@@ -972,7 +1032,8 @@ class SlidingWindowStream(torch.nn.Module):
         prefix = self._each(torch.cat([state.prefix, part], -1), taps, d, (taps - 1) * d, n + d)
         pair = torch.cat([state.suffix[..., at + d : at + d + n], prefix[..., d:]], -1)
         result = self._each(pair, 2, n, 0, n)
-        # Earlier states see the block up to their own `filled` only, so it can be written on; a new block gets new memory.
+        # Earlier states see the block up to their own `filled` only, so it can be written on; a new block gets memory
+        # of its own.
         block = state.block if at else torch.empty_like(state.block)
         block[..., at : at + n] = part
         counts = state.counts
@@ -982,7 +1043,9 @@ class SlidingWindowStream(torch.nn.Module):
             current[..., at : at + n] = running[..., d:]
             result = self._counted(result, running[..., d:] - counts.before[..., at : at + n])
             counts = _Counts(counts.before, current, running[..., -d:])
-        state = state._replace(position=state.position + n, filled=at + n, block=block, prefix=prefix[..., -d:], counts=counts)
+        state = state._replace(
+            position=state.position + n, filled=at + n, block=block, prefix=prefix[..., -d:], counts=counts
+        )
         if at + n == self._block:
             state = self._next_block(state, block)
             if counts is not None:

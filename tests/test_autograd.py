@@ -1,4 +1,4 @@
-"""The routes of an operator: every torch.func transform, forward AD, compilation, export and sharding, on sliding_window."""
+"""The routes of an operator: torch.func transforms, forward AD, compilation, export, sharding; on sliding_window."""
 
 import os
 import subprocess
@@ -70,10 +70,10 @@ def test_transforms(name, recompute):
 def test_compiled_transforms_are_right_or_an_error(name):
     transform = TRANSFORMS[name]
     torch._dynamo.reset()
+    compiled = torch.compile(lambda: transform(ours), fullgraph=True, backend="aot_eager")
     try:
-        got = torch.compile(lambda: transform(ours), fullgraph=True, backend="aot_eager")()
-    except Exception as error:  # what dynamo cannot do it says
-        assert "pyperf_dl" in str(error) or "fake" in str(error).lower() or type(error).__module__.startswith("torch")
+        got = compiled()
+    except torch._dynamo.exc.TorchDynamoException:  # what dynamo cannot do it says
         return
     torch.testing.assert_close(got, transform(peer))
 
@@ -260,7 +260,15 @@ def test_dtensor_shards_every_other_dim():
         dist.destroy_process_group()
         print("sharded")
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python", sys.executable]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "--no-python",
+        sys.executable,
+    ]
     done = subprocess.run(
         [*command, "-c", textwrap.dedent(script)],
         capture_output=True,
@@ -284,7 +292,11 @@ def test_flop_formula_counts_comparisons():
 def test_fake_tensors_keep_layouts():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    real = [torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5).to(memory_format=torch.channels_last), torch.randn(8, 2).t()]
+    real = [
+        torch.randn(2, 8, 6, 5),
+        torch.randn(2, 8, 6, 5).to(memory_format=torch.channels_last),
+        torch.randn(8, 2).t(),
+    ]
     for x in real:
         for dim in range(x.dim()):
             y, offsets = sliding_window_max(x, 2, dim, return_indices=True, index="offset")

@@ -100,7 +100,9 @@ def test_operators_agree_with_the_deque(problem):
     if x.numel():
         picked = x.gather(dim, index.clamp(min=0))
         assert_same(bits(picked)[found & ~picked.isnan()], bits(y)[found & ~picked.isnan()])
-    both = ops.sliding_window_minmax_offsets(x, dim, *geometry[:4], how["out_length"], how["mode"], how["ignore_nan"], how["last"])
+    both = ops.sliding_window_minmax_offsets(
+        x, dim, *geometry[:4], how["out_length"], how["mode"], how["ignore_nan"], how["last"]
+    )
     assert_same(both[0 if how["minimum"] else 1], y)
     assert_same(both[2 if how["minimum"] else 3], offsets)
 
@@ -113,9 +115,13 @@ def test_gradients_agree_with_the_reference(problem, dtype):
     offsets = ops.sliding_window_extremum_offsets(x, dim, *how.values())[1]
     grad = torch.randint(-5, 6, offsets.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = ops.sliding_window_backward(grad, offsets, dim, x.shape[dim], *geometry)
-    assert_same(got + 0.0, reference.backward(grad, offsets, dim, x.shape[dim], *geometry) + 0.0)  # integers: exact in any order
+    assert_same(
+        got + 0.0, reference.backward(grad, offsets, dim, x.shape[dim], *geometry) + 0.0
+    )  # integers: exact in any order
     values = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    assert_same(ops.sliding_window_gather(values, offsets, dim, *geometry), reference.gather(values, offsets, dim, *geometry))
+    assert_same(
+        ops.sliding_window_gather(values, offsets, dim, *geometry), reference.gather(values, offsets, dim, *geometry)
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 40, 200, 700])
@@ -130,7 +136,9 @@ def test_gradient_sums_in_the_stated_order(window, dtype):
     wide = np.float64 if dtype == torch.float64 else np.float32
     for row in range(2):
         winners = (torch.arange(out) + reference.signed_taps(offsets[row], window)).tolist()
-        sums = reference.run_sums(winners, list(grad[row].to(torch.float64 if wide is np.float64 else torch.float32).numpy()), wide(0))
+        sums = reference.run_sums(
+            winners, list(grad[row].to(torch.float64 if wide is np.float64 else torch.float32).numpy()), wide(0)
+        )
         want = np.zeros(x.shape[1], wide)
         for position, total in sums.items():
             want[position] = total
@@ -417,7 +425,9 @@ def test_strided_views():
     }
     for x in views.values():
         for dim in range(x.dim()):
-            assert_same(sliding_window_max(x, 3, dim, padding="same"), sliding_window_max(x.clone(), 3, dim, padding="same"))
+            assert_same(
+                sliding_window_max(x, 3, dim, padding="same"), sliding_window_max(x.clone(), 3, dim, padding="same")
+            )
 
 
 def test_many_dimensions():
@@ -484,8 +494,13 @@ def test_saved_bytes():
     """The backward keeps 1, 2 or 4 bytes an output, or x itself with recompute."""
     x = torch.randn(50000, requires_grad=True)
     for window, recompute, expected in ((255, False, 1), (3000, False, 2), (40000, False, 4), (40000, True, 4)):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        saved: list[torch.Tensor] = []
+
+        def keep(t, saved=saved):
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = sliding_window_max(x, window, recompute=recompute)
         assert sum(t.numel() * t.element_size() for t in saved) == expected * (x if recompute else y).numel()
         if recompute:
@@ -502,7 +517,11 @@ def test_recompute_and_ties_give_the_same_gradient(recompute, ties):
 
 def test_modules():
     x = torch.randn(2, 30)
-    for op, module in (("max", pyperf_dl.SlidingWindowMax), ("min", pyperf_dl.SlidingWindowMin), ("minmax", pyperf_dl.SlidingWindowMinMax)):
+    for op, module in (
+        ("max", pyperf_dl.SlidingWindowMax),
+        ("min", pyperf_dl.SlidingWindowMin),
+        ("minmax", pyperf_dl.SlidingWindowMinMax),
+    ):
         layer = module(5, padding="same", stride=2)
         got, want = layer(x), OPS[op](x, 5, padding="same", stride=2)
         for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
@@ -605,7 +624,9 @@ def test_stream_checkpoints_are_independent():
     assert_same(torch.cat(theirs, 1), sliding_window_max(other, 7, padding="causal")[:, 10:])
 
 
-@pytest.mark.parametrize("change", [{"window": 6}, {"op": "min"}, {"dilation": 2}, {"nan": "ignore"}, {"padding": "same"}])
+@pytest.mark.parametrize(
+    "change", [{"window": 6}, {"op": "min"}, {"dilation": 2}, {"nan": "ignore"}, {"padding": "same"}]
+)
 def test_stream_states_of_other_streams_are_refused(change):
     stream = SlidingWindowStream(**{"window": 3} | change)
     stream(torch.randn(9))
@@ -627,7 +648,11 @@ def test_stream_begun_in_inference_mode():
 X = torch.zeros(2, 5)
 BAD = [
     (TypeError, "x must be a torch.Tensor", lambda f: f([1.0, 2.0], 2)),
-    (TypeError, "x must have one of the dtypes .* got torch.complex64", lambda f: f(torch.zeros(5, dtype=torch.complex64), 2)),
+    (
+        TypeError,
+        "x must have one of the dtypes .* got torch.complex64",
+        lambda f: f(torch.zeros(5, dtype=torch.complex64), 2),
+    ),
     (TypeError, "x must be a dense tensor, got torch.sparse_coo", lambda f: f(torch.zeros(5).to_sparse(), 2)),
     (TypeError, "x must be a dense tensor", lambda f: f(torch.zeros(2, 2).to_sparse_csr(), 2)),
     (ValueError, "x must have at least one dimension", lambda f: f(torch.tensor(1.0), 1)),
@@ -638,7 +663,11 @@ BAD = [
     (TypeError, "window must be an int, got a tensor torch.int64", lambda f: f(X, torch.tensor(2))),
     (TypeError, "window must be an int, got None", lambda f: f(X, None)),
     (ValueError, "got window 6 > length 5 along dim 1", lambda f: f(X, 6)),
-    (ValueError, r"got window 7 \(window 3 with dilation 3\) > length 6 along dim 1", lambda f: f(X, 3, dilation=3, padding=(1, 0))),
+    (
+        ValueError,
+        r"got window 7 \(window 3 with dilation 3\) > length 6 along dim 1",
+        lambda f: f(X, 3, dilation=3, padding=(1, 0)),
+    ),
     (ValueError, r"dim must be in \[-2, 1\] .* got 2", lambda f: f(X, 2, 2)),
     (ValueError, "dim must name each dimension once", lambda f: f(X, 2, (0, -2))),
     (ValueError, "dim must name at least one dimension", lambda f: f(X, 2, ())),

@@ -22,7 +22,8 @@ namespace pyperf {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Last line of defence for memory safety; users meet the Python checks first. (STD_TORCH_CHECK would print a source path.)
+// Last line of defence for memory safety; users meet the Python checks first. (STD_TORCH_CHECK would print a source
+// path.)
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -89,7 +90,8 @@ struct RowsAlong {
     }
     for (int n = 0; n < N; ++n) stride[n] = operands[n]->stride(dim);
     // Walk memory in the order of the last operand, which is the one written.
-    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
+    std::stable_sort(dims.begin(), dims.end(),
+                     [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
     std::vector<Dim> merged;
     for (const Dim& d : dims) {
       const bool joins = !merged.empty() && [&] {
@@ -123,7 +125,8 @@ struct RowsAlong {
   }
 };
 
-// The threads of torch, with scratch memory for each: parallel(count, grain, scratch_bytes, body(first, last, scratch)).
+// The threads of torch, with scratch memory for each: parallel(count, grain, scratch_bytes, body(first, last,
+// scratch)).
 struct TorchThreads {
   template <class Body>
   void operator()(int64_t count, int64_t grain, int64_t scratch_bytes, const Body& body) const {

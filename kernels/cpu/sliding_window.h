@@ -1,7 +1,8 @@
 // Extrema of sliding windows on a CPU. Stamped once for each SIMD level (simd_levels.h), hence no includes in here;
 // prelude: <algorithm>, <cstdint>, <cstring>, <type_traits>, <utility>, ../math/sliding_window.h.
 //
-// Elements are ordered keys, or keys packed with a position where offsets are asked for; either way one maximum decides.
+// Elements are ordered keys, or keys packed with a position where offsets are asked for; either way one maximum
+// decides.
 //   short windows       maxima of 4, 16, 64 neighbours, then the union of up to four of these
 //   above               van Herk-Gil-Werman over vectors whose lanes are independent: a vector holds the maxima of the
 //                       kLanes-wide windows at its positions, and overlap is free because a maximum is idempotent
@@ -56,7 +57,8 @@ template <class Key, class E>
 struct Element {
   static constexpr bool kIndexed = sizeof(E) > sizeof(Key);
   static constexpr int kShift = 8 * int(sizeof(E) - sizeof(Key));
-  using Low = std::conditional_t<(sizeof(E) <= 4), uint32_t, std::conditional_t<sizeof(E) == 8, uint64_t, unsigned __int128>>;
+  using Low =
+      std::conditional_t<(sizeof(E) <= 4), uint32_t, std::conditional_t<sizeof(E) == 8, uint64_t, unsigned __int128>>;
   static constexpr Low kLowMask = kIndexed ? Low(Low(1) << kShift) - 1 : 0;
 
   static E nothing() { return E(E(OrderedKey<Key>::kLowest) * E(E(1) << kShift)); }
@@ -205,7 +207,8 @@ struct Sequence {
   void edge(E* out, int64_t j, int64_t from, int64_t to) const {
     for (int64_t i = from; i < to; ++i) {
       const int64_t source = windows.source(position(j + i));
-      out[i] = source < 0 ? Item::nothing() : Item::make(order.encode(x[source * x_stride]), j - origin + i, last, floating);
+      out[i] =
+          source < 0 ? Item::nothing() : Item::make(order.encode(x[source * x_stride]), j - origin + i, last, floating);
     }
   }
 
@@ -260,9 +263,7 @@ struct RowVectors {
   int64_t whole() const { return window() / L; }
   int64_t reach() const { return (window() + L - 1) / L; }
 
-  void fill(E* out, int64_t j, int64_t n) const {
-    sequence.load_maxima(out, j, n * L);
-  }
+  void fill(E* out, int64_t j, int64_t n) const { sequence.load_maxima(out, j, n * L); }
   void trailing(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L, n); }
   void leading(E* out, int64_t k, int64_t n) const { fill(out, begin + k * L + window() - L, n); }
   void store(const E* in, int64_t k, int64_t n) const {
@@ -336,8 +337,8 @@ struct ColumnVectors {
 template <class V, class E>
 struct RecentMaximum {
   int64_t n, count = 0;
-  E* ring;      // [n, L]
-  E* suffix;    // [n, L] of the last full turn
+  E* ring;    // [n, L]
+  E* suffix;  // [n, L] of the last full turn
   V prefix = V::fill(0);
 
   static int64_t elements(int64_t n) { return 2 * n * V::kLanes; }
@@ -558,9 +559,21 @@ void extrema_of(const Extrema<Key>& p, const Parallel& parallel) {
       for (int64_t begin = from * unit; begin < end; begin += longest) {
         for (int o = 0; o < p.outputs; ++o) {
           void* offsets = Item::kIndexed ? static_cast<char*>(p.offsets[o]) + y_at * int64_t(p.offset) : nullptr;
-          const Sequence<Key, E> s{w,          p.key[o],   p.x + x_at,   p.y[o] + y_at, offsets, p.offset,
-                                   p.x_stride, p.y_stride, phase,        phases.count,  phases.step,
-                                   p.last,     p.key[o].float_mask != 0, p.first_tap, begin};
+          const Sequence<Key, E> s{w,
+                                   p.key[o],
+                                   p.x + x_at,
+                                   p.y[o] + y_at,
+                                   offsets,
+                                   p.offset,
+                                   p.x_stride,
+                                   p.y_stride,
+                                   phase,
+                                   phases.count,
+                                   phases.step,
+                                   p.last,
+                                   p.key[o].float_mask != 0,
+                                   p.first_tap,
+                                   begin};
           stretch(s, begin, std::min(end, begin + longest), lanes, memory);
         }
       }

@@ -68,8 +68,8 @@ struct SumRow {
 //
 // The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end.
 template <class A, class T, class Offset, class Row>
-void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end, int64_t count,
-              int64_t first_position, int64_t stop, const Row& to) {
+void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end,
+              int64_t count, int64_t first_position, int64_t stop, const Row& to) {
   constexpr int64_t none = Winners<Offset>::kNoWinner;
   constexpr A nothing = A(-0.0);
   constexpr int64_t kCleared = 1024;  // outputs whose winners' surroundings are cleared at once, in the cache
@@ -139,7 +139,8 @@ void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
   if (!phase_count) return;
   const int64_t unit = kChunk * 16, units = (longest + unit - 1) / unit;
   parallel(p.rows.count * p.lanes * phase_count * units,
-           std::max<int64_t>(1, kElementGrain / std::min(unit, longest + 16)), 0, [&](int64_t first, int64_t last, char*) {
+           std::max<int64_t>(1, kElementGrain / std::min(unit, longest + 16)), 0,
+           [&](int64_t first, int64_t last, char*) {
              for (int64_t t = first; t < last;) {
                const int64_t group = t / units, from = t % units, to = std::min(units, from + (last - t));
                t += to - from;
@@ -152,8 +153,8 @@ void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                                             p.offsets_stride);
                const SumRow<A, T> row{p.grad_x + base[2] + lane, p.grad_x_stride};
                sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride,
-                           from * unit, std::min(to * unit, count), count, remainder(w.start(phase), w.dilation), w.length,
-                           row);
+                           from * unit, std::min(to * unit, count), count, remainder(w.start(phase), w.dilation),
+                           w.length, row);
              }
            });
 }
@@ -178,8 +179,9 @@ void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                  const int64_t count = phases.outputs(w, phase);
                  const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
                                               p.offsets_stride);
-                 sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride, 0,
-                             count, count, w.start(phase), w.start(phase), SumRow<A, A>{sums + w.left, 1});
+                 sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride,
+                             phases.count * p.grad_y_stride, 0, count, count, w.start(phase), w.start(phase),
+                             SumRow<A, A>{sums + w.left, 1});
                }
                for (int64_t j = 0; j < w.length; ++j) folded[j] = j + w.left < padded ? sums[j + w.left] : A(0);
                for (int64_t i = 0; i < padded; ++i) {
@@ -225,7 +227,8 @@ void visit_winners(const Windows& w, const StridedRows<N>& rows, int64_t lanes, 
                if (t == first || i == 0) rows.offsets(t / w.out_length, base);
                const Offset* taps = offsets + base[operand] + i * stride;
                for (int64_t l = 0; l < lanes; ++l) {
-                 const int64_t source = taps[l] == Offset(-1) ? -1 : w.source(w.start(i) + int64_t(taps[l]) * w.dilation);
+                 const int64_t source =
+                     taps[l] == Offset(-1) ? -1 : w.source(w.start(i) + int64_t(taps[l]) * w.dilation);
                  visit(i, l, base, source);
                }
              }
@@ -237,7 +240,7 @@ void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel) {
   if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
     visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 1, p.offsets_stride, parallel,
-                  [&](int64_t i, int64_t lane, const int64_t(&base)[3], int64_t source) {
+                  [&](int64_t i, int64_t lane, const int64_t (&base)[3], int64_t source) {
                     p.y[base[2] + lane + i * p.y_stride] =
                         source < 0 ? Bits(0) : p.values[base[0] + lane + source * p.values_stride];
                   });
@@ -272,7 +275,7 @@ void winner_index(const WinnerIndex& p, const Parallel& parallel) {
       return;
     }
     visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,
-                  [&](int64_t i, int64_t lane, const int64_t(&base)[2], int64_t source) {
+                  [&](int64_t i, int64_t lane, const int64_t (&base)[2], int64_t source) {
                     p.index[base[1] + lane + i * p.index_stride] = source;
                   });
   });

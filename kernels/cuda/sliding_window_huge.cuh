@@ -204,8 +204,9 @@ __global__ void __launch_bounds__(kHugeThreads, 2)
       suffix_maxima(cells, larger(between, behind.over_warps(warp + 1, warps)));
       load_chunk<Cells>(leading + position, leading_position, p.last, other);
       add_prefix_maxima(cells, other, before.over_warps(0, warp));
-      const TileOutput<Key> out{p.windows, p.key[n],             y,          p.offsets[n], row[1], p.offset,
-                                p.last,    int32_t(p.first_tap), p.y_stride, first,        dense};
+      const TileOutput<Key> out{p.windows,  p.key[n], y,      p.offsets[n],
+                                row[1],     p.offset, p.last, int32_t(p.first_tap),
+                                p.y_stride, first,    dense};
       write_tile<Cells>(out, cells, words, taps);
     }
   }

@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(Cells::kMaxThreads, Cells::kMinBlocks)
         wide_windows<Cells>(loaded, p.windows.window, p.last, shape, maxima, cells);
       else
         narrow_windows<Cells>(loaded, int(p.windows.window), p.last, cells);
-      const TileOutput<Key> out{p.windows, p.key[n],             y,          p.offsets[n], row[1], p.offset,
-                                p.last,    int32_t(p.first_tap), p.y_stride, first,        dense};
+      const TileOutput<Key> out{p.windows,  p.key[n], y,      p.offsets[n],
+                                row[1],     p.offset, p.last, int32_t(p.first_tap),
+                                p.y_stride, first,    dense};
       write_tile<Cells>(out, cells, words, taps);
     }
   }

@@ -48,8 +48,8 @@ struct Windows {
 constexpr int64_t kLeaf = 16;
 constexpr int64_t kChunk = 256;
 
-// The same windows without the taps that lie outside the row at every output, so that a window longer than the row costs
-// no more than the row. first_tap: how many were cut at the front.
+// The same windows without the taps that lie outside the row at every output, so that a window longer than the row
+// costs no more than the row. first_tap: how many were cut at the front.
 inline Windows without_idle_taps(Windows w, int64_t& first_tap) {
   first_tap = 0;
   if (w.edge != Edge::constant || w.out_length == 0) return w;
@@ -89,8 +89,8 @@ struct Phases {
   }
 };
 
-// Offsets are taps counted from the start of the window; the narrowest type that holds them, so that the state saved for
-// the backward is small. The pattern of all ones means "no winner".
+// Offsets are taps counted from the start of the window; the narrowest type that holds them, so that the state saved
+// for the backward is small. The pattern of all ones means "no winner".
 enum class OffsetType : int { none = 0, u8 = 1, i16 = 2, i32 = 4 };
 
 PYPERF_HD OffsetType offset_type(int64_t window) {
@@ -112,8 +112,8 @@ struct Extrema {
   OrderedKey<Key> key[2];
   int outputs;
   OffsetType offset;
-  bool last;  // the last of equal elements wins, not the first
-  int64_t first_tap;  // added to every offset: taps before it were cut, for they read nothing at any output
+  bool last;                   // the last of equal elements wins, not the first
+  int64_t first_tap;           // added to every offset: taps before it were cut, for they read nothing at any output
   int64_t x_stride, y_stride;  // along the window dimension; offsets are laid out like y
   int64_t lanes;
   StridedRows<2> rows;  // x, y

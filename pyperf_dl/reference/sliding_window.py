@@ -1,7 +1,7 @@
-"""What `pyperf_dl.sliding_window` computes, twice: the monotonic deque in plain Python, and the same in PyTorch operators.
+"""What `pyperf_dl.sliding_window` computes, twice: the monotonic deque in plain Python, and the same in PyTorch.
 
-The deque is the specification and the oracle of the tests. The PyTorch form (doubling of window maxima, O(n log window))
-serves devices without kernels, forced reference runs, and decompositions.
+The deque is the specification and the oracle of the tests. The PyTorch form (doubling of window maxima,
+O(n log window)) serves devices without kernels, forced reference runs, and decompositions.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ def row_winners(
 def rows(x: torch.Tensor, dim: int) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
     """Every row along dim as a list of Python numbers, with the index of its place among the other dimensions."""
     moved = x.detach().movedim(dim, -1)
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in moved.shape[:-1])).reshape(-1, x.dim() - 1).tolist() if (
-        x.dim() > 1
-    ) else [()]:
+    for index in (
+        torch.cartesian_prod(*(torch.arange(n) for n in moved.shape[:-1])).reshape(-1, x.dim() - 1).tolist()
+        if (x.dim() > 1)
+        else [()]
+    ):
         yield tuple(index), moved[tuple(index)].tolist()
 
 
@@ -230,7 +232,9 @@ def winners(
     return torch.where(valid, taps, -1)
 
 
-def taken(x: torch.Tensor, taps: torch.Tensor, dim: int, stride: int, dilation: int, left: int, mode: str) -> tuple[Any, Any]:
+def taken(
+    x: torch.Tensor, taps: torch.Tensor, dim: int, stride: int, dilation: int, left: int, mode: str
+) -> tuple[Any, Any]:
     """x at the winners (anything where there is none), and the winners' indices, -1 for none."""
     column = [-1 if d == dim else 1 for d in range(taps.dim())]
     starts = (torch.arange(taps.shape[dim], device=taps.device) * stride - left).reshape(column)
@@ -299,7 +303,15 @@ def gather(
 
 
 def backward(
-    grad_y: torch.Tensor, offsets: torch.Tensor, dim: int, length: int, window: int, stride: int, dilation: int, left: int, mode: str
+    grad_y: torch.Tensor,
+    offsets: torch.Tensor,
+    dim: int,
+    length: int,
+    window: int,
+    stride: int,
+    dilation: int,
+    left: int,
+    mode: str,
 ) -> torch.Tensor:
     at = index(offsets, dim, length, window, stride, dilation, left, mode)
     shape = list(offsets.shape)
