@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -720,8 +721,9 @@ def sliding_window_minmax(
 
 
 for _function in (sliding_window_max, sliding_window_min, sliding_window_minmax):
-    _head, _returns = _function.__doc__.split("\n\n    Returns:")  # type: ignore[union-attr]
-    _function.__doc__ = _head + _ARGUMENTS + "\n    Returns:" + _returns
+    if _function.__doc__:  # python -OO strips it
+        _head, _returns = inspect.cleandoc(_function.__doc__).split("\n\nReturns:")
+        _function.__doc__ = f"{_head}\n\n{inspect.cleandoc(_ARGUMENTS)}\n\nReturns:{_returns}"
 
 # ---- modules ----
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyperf_dl
@@ -80,7 +80,6 @@ def problems(draw):
     return x, dim, how
 
 
-@settings(max_examples=400, deadline=None)
 @given(problems())
 def test_operators_agree_with_the_deque(problem):
     x, dim, how = problem
@@ -107,7 +106,6 @@ def test_operators_agree_with_the_deque(problem):
     assert_same(both[2 if how["minimum"] else 3], offsets)
 
 
-@settings(max_examples=250, deadline=None)
 @given(problems(), st.sampled_from(FLOATS))
 def test_gradients_agree_with_the_reference(problem, dtype):
     x, dim, how = problem
@@ -548,7 +546,6 @@ def test_memory_does_not_grow():
 # ---- streaming ----
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.uint8]),
     st.sampled_from(["max", "min", "minmax"]),

@@ -296,7 +296,7 @@ struct ColumnVectors {
     for (int64_t i = 0; i < n; ++i, out += L) {
       const int64_t source = s.windows.source(s.position(j + i));
       const int64_t filled = source < 0 ? 0 : lanes;
-      const Key* from = s.x + source * s.x_stride;
+      const Key* from = s.x + std::max<int64_t>(source, 0) * s.x_stride;
       const int64_t at = j + i - s.origin;
       if (filled == L)
         for (int64_t l = 0; l < L; ++l) out[l] = Item::make(order.encode(from[l]), at, last, floating);
