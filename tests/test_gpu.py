@@ -1,4 +1,4 @@
-"""What only a GPU can show: the operators there, streams, captured graphs, determinism, launches without a host sync."""
+"""What only a GPU can show: the operators there, streams, captured graphs, determinism, launches without a sync."""
 
 import pytest
 import torch
