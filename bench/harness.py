@@ -188,6 +188,9 @@ def _events(run: Callable[[], Any], repeats: int) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
+SETTLED_S = 0.1  # a call this long has its caches settled in a fraction of it
+
+
 class Contender:
     """Something to time: a call, and the arguments it goes through in turn.
 
@@ -220,6 +223,8 @@ class Contender:
             once = self.clock(self._once, self.repeats)
 
     def sample(self) -> float:
+        if self.first_s < SETTLED_S:
+            self._once()  # caches as this contender's own call leaves them, whatever ran before it
         seconds = self.clock(self._once, self.repeats)
         self.samples.append(seconds)
         self.spent += seconds * self.repeats
@@ -258,7 +263,6 @@ def time_in_turn(
     for contender in (floor, ours, *peers.values()):
         contender.calibrate(budget.sample_s)
     for turn in range(budget.rounds):
-        floor._once()  # caches as a copy leaves them, whatever the last peer was
         first, second = (floor, ours) if turn % 2 else (ours, floor)
         first.sample()
         second.sample()
