@@ -205,6 +205,10 @@ struct Sequence {
   }
 
   void edge(E* out, int64_t j, int64_t from, int64_t to) const {
+    if (windows.edge == Edge::constant) {
+      if (from < to) std::fill(out + from, out + to, Item::nothing());
+      return;
+    }
     for (int64_t i = from; i < to; ++i) {
       const int64_t source = windows.source(position(j + i));
       out[i] =
