@@ -127,7 +127,7 @@ def _filter(
 ) -> torch.Tensor:
     x = _checks.strided_tensor(op, "input", input, DTYPES)
     if footprint is not None:
-        raise NotImplementedError(f"{op}: footprint is not supported, only boxes given by size, got {footprint!r}")
+        raise ValueError(f"{op}: footprint is not supported, only boxes given by size, got {footprint!r}")
     if size is None:
         raise ValueError(f"{op}: size must be an int or one int for each axis, got None")
     named = range(x.dim()) if axes is None else axes if isinstance(axes, (tuple, list)) else (axes,)
@@ -221,7 +221,7 @@ def maximum_filter(
         input, output, cval: as for :func:`maximum_filter1d`.
 
     Raises:
-        NotImplementedError: footprint is given.
+        ValueError: footprint is given.
         TypeError, ValueError: as :func:`maximum_filter1d`; a sequence of another length than axes; an axis twice.
 
     >>> from pyperf_dl.integrations.scipy_like import maximum_filter
