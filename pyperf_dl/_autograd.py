@@ -109,7 +109,7 @@ class Operator:
         """The Triton form: an operator of its own, registered when it is first needed."""
         if self._triton is None:
             if self.launch is None:
-                raise NotImplementedError(f"{self.name} has no Triton form")
+                raise RuntimeError(f"{self.name}: the triton backend has no form of this operator; force another one")
             schema = str(self.native.op._schema).split("::", 1)[1].replace(self.name, f"{self.name}_triton", 1)
             _library.define(schema)
             _library.impl(f"{self.name}_triton", self._launched, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""Maximum and minimum of every window along one or several dimensions, at a cost that does not grow with the window."""
+"""Maximum and minimum of every window along one or several dimensions, in O(1) operations an element."""
 
 from __future__ import annotations
 
