@@ -222,7 +222,8 @@ def test_aot_inductor(tmp_path, monkeypatch, ci):
     """Also where CI is set, which makes Inductor refuse operators that have a decomposition it does not use."""
     monkeypatch.setenv("CI", ci)
     exported = torch.export.export(Layer(), (torch.randn(2, 100),))
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
+    with torch._inductor.utils.fresh_inductor_cache():
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
     x = torch.randn(2, 100)
     for got, want in zip(torch._inductor.aoti_load_package(package)(x), Layer()(x), strict=True):
         assert torch.equal(got, want)
