@@ -217,10 +217,9 @@ def test_export_and_decompositions():
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("ci", ["", "1"])
-def test_aot_inductor(tmp_path, monkeypatch, ci):
+def test_aot_inductor(tmp_path, monkeypatch):
     """Also where CI is set, which makes Inductor refuse operators that have a decomposition it does not use."""
-    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("CI", "1")
     exported = torch.export.export(Layer(), (torch.randn(2, 100),))
     with torch._inductor.utils.fresh_inductor_cache():
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
