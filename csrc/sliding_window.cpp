@@ -1,31 +1,19 @@
 // The family's schemas and its CPU backend.
 #include "sliding_window.h"
 
-#include <cstring>
-#include <utility>
-
 #include "../kernels/cpu/sliding_window_winners.h"
-#include "common/simd.h"
-
-namespace pyperf {
-using namespace sliding_window;
-}
-#define PYPERF_SIMD_BODY "sliding_window.h"  // the one in kernels/cpu
-#include "../kernels/cpu/simd_levels.h"
 
 namespace pyperf::sliding_window {
+
+template <class Key>
+void extrema_on_cpu(const Extrema<Key>& p);  // sliding_window_extrema.cpp
+
 namespace {
 
 struct Cpu {
   template <class Key>
   static void extrema(const Extrema<Key>& p, const Tensor&) {
-    with_simd_level([&](auto level) {
-      if constexpr (level.value == SimdLevel::baseline) baseline::extrema(p, TorchThreads());
-#if defined(__x86_64__)
-      if constexpr (level.value == SimdLevel::x86_64_v3) x86_64_v3::extrema(p, TorchThreads());
-      if constexpr (level.value == SimdLevel::x86_64_v4) x86_64_v4::extrema(p, TorchThreads());
-#endif
-    });
+    extrema_on_cpu(p);
   }
   template <class T>
   static void winner_sums(const WinnerSums<T>& p, const Tensor&) {

@@ -5,6 +5,10 @@
 //   #include "../kernels/cpu/simd_levels.h"
 //
 // A body finds PYPERF_VECTOR_BYTES, the widest vector of its level. No include guard: one inclusion a family.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace pyperf::baseline {
 #define PYPERF_VECTOR_BYTES 16
 #include PYPERF_SIMD_BODY

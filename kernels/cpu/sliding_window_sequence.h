@@ -1,0 +1,383 @@
+// One phase of one row as a sequence of elements, and its vectors, for sliding_window.h; stamped with it.
+
+// The k-th dense window of a phase starts at element k of this sequence; Phases says which of them are outputs.
+// Positions are counted from `origin`.
+template <class Key, class E>
+struct Sequence {
+  using Item = Element<Key, E>;
+  static constexpr bool kIndexed = Item::kIndexed;
+
+  Windows windows;
+  OrderedKey<Key> order;
+  const Key* x;
+  Key* y;
+  void* offsets;
+  OffsetType offset;
+  int64_t x_stride, y_stride;
+  int64_t phase, phases, step;
+  bool last, floating;
+  int64_t first_tap;
+  int64_t origin;
+
+  Codec<Key, E> codec() const { return {order, last, floating}; }
+  int64_t position(int64_t j) const { return windows.start(phase) + j * windows.dilation; }
+
+  // out[i] = element j + i; x may be read at every in-range position.
+  void load(E* out, int64_t j, int64_t n) const {
+    const auto clip = [&](int64_t limit) {  // first element at or after position `limit`
+      const int64_t distance = limit - position(j);
+      const int64_t steps = windows.dilation == 1 ? distance : (distance + windows.dilation - 1) / windows.dilation;
+      return std::clamp<int64_t>(steps, 0, n);
+    };
+    const int64_t inside = position(j) >= 0 ? 0 : clip(0);
+    const int64_t beyond = position(j) >= windows.length ? 0 : clip(windows.length);
+    edge(out, j, 0, std::min(inside, beyond));
+    const Key* from = x + position(j + inside) * x_stride;
+    const int64_t by = windows.dilation * x_stride;
+    const OrderedKey<Key> k = order;
+    const bool last_wins = last, lowest_is_nothing = floating;
+    const int64_t at = j - origin;
+    if (by == 1)
+      for (int64_t i = inside; i < beyond; ++i)
+        out[i] = Item::make(k.encode(from[i - inside]), at + i, last_wins, lowest_is_nothing);
+    else
+      for (int64_t i = inside; i < beyond; ++i)
+        out[i] = Item::make(k.encode(from[(i - inside) * by]), at + i, last_wins, lowest_is_nothing);
+    edge(out, j, std::max(inside, beyond), n);
+  }
+
+  void edge(E* out, int64_t j, int64_t from, int64_t to) const {
+    if (windows.edge == Edge::constant) {
+      if (from < to) std::fill(out + from, out + to, Item::nothing());
+      return;
+    }
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t source = windows.source(position(j + i));
+      out[i] =
+          source < 0 ? Item::nothing() : Item::make(order.encode(x[source * x_stride]), j - origin + i, last, floating);
+    }
+  }
+
+  // Results k .. k + n - 1.
+  void store(const E* in, int64_t k, int64_t n) const {
+    if (dense()) {
+      Key* to = y + k;
+      const OrderedKey<Key> o = order;
+      for (int64_t i = 0; i < n; ++i) to[i] = o.decode(Item::key(in[i]));
+    } else {
+      for (int64_t i = skip(k); i < n; i += step) y[output(k + i) * y_stride] = order.decode(Item::key(in[i]));
+    }
+    if constexpr (Item::kIndexed) {
+      if (offset == OffsetType::u8) store_offsets(static_cast<uint8_t*>(offsets), in, k, n);
+      if (offset == OffsetType::i16) store_offsets(static_cast<int16_t*>(offsets), in, k, n);
+      if (offset == OffsetType::i32) store_offsets(static_cast<int32_t*>(offsets), in, k, n);
+    }
+  }
+
+  template <class Offset>
+  void store_offsets(Offset* to, const E* in, int64_t k, int64_t n) const {
+    const bool last_wins = last;
+    const int64_t at = k - origin - first_tap;
+    const auto tap = [at, last_wins](E e, int64_t i) {
+      const int64_t position = Item::position(e, last_wins);
+      return position < 0 ? Offset(-1) : Offset(position - at - i);
+    };
+    if (dense()) {
+      to += k;
+      for (int64_t i = 0; i < n; ++i) to[i] = tap(in[i], i);
+    } else {
+      for (int64_t i = skip(k); i < n; i += step) to[output(k + i) * y_stride] = tap(in[i], i);
+    }
+  }
+
+  bool adjacent() const { return windows.dilation * x_stride == 1; }
+  bool dense() const { return phases == 1 && step == 1 && y_stride == 1; }
+  int64_t skip(int64_t k) const { return step == 1 ? 0 : (step - k % step) % step; }
+  int64_t output(int64_t k) const { return phase + k / step * phases; }
+};
+
+// A few elements or results of a row that cannot be loaded or stored as vectors. It lives apart from what uses it, whose
+// own members can then stay in registers.
+template <class Key, class E>
+struct Stage {
+  static constexpr int64_t L = kLanes<E>, kRoom = 16 * L;
+  int64_t begin = 0, end = 0;
+  E elements[kRoom];
+
+  // Elements j .. j + L - 1; `n` are taken from the sequence, those after them or those before. Neither a vector's value
+  // nor a class that holds one crosses a call: GCC 12 clears the upper half of such a result.
+  __attribute__((noinline)) const E* load(const Sequence<Key, E>& s, int64_t j, int64_t n, bool rising) {
+    if (j < begin || j + L > end) {
+      begin = rising ? j : j + L - n;
+      end = begin + n;
+      s.load(elements, begin, n);
+    }
+    return elements + (j - begin);
+  }
+  // Results k .. k + n - 1.
+  PYPERF_HD void store(const Sequence<Key, E>& s, const Vector<E>& v, int64_t k, int64_t n) {
+    if (begin == end) begin = end = k;
+    v.store(elements + (end - begin));
+    end += n;
+    if (end - begin > kRoom - L) flush(s);
+  }
+  __attribute__((noinline)) void flush(const Sequence<Key, E>& s) {
+    if (begin < end) s.store(elements, begin, end - begin);
+    begin = end = 0;
+  }
+};
+
+// Elements of a row as vectors, asked for in rising order (kRising) or in falling order.
+template <class Key, class E, bool kRising>
+struct RowElements {
+  static constexpr int64_t L = kLanes<E>;
+  const Sequence<Key, E>& sequence;
+  Stage<Key, E>& stage;
+  const Codec<Key, E> codec;
+  const int64_t first, last, origin;  // position 0 is element -first; vectors may end at position `last`
+  const Key* const from;
+  const bool padded;  // nothing lies outside
+
+  PYPERF_HD RowElements(const Sequence<Key, E>& s, Stage<Key, E>& stage)
+      : sequence(s),
+        stage(stage),
+        codec(s.codec()),
+        first(s.position(0)),
+        last(s.adjacent() ? s.windows.length : -1),
+        origin(s.origin),
+        from(s.x + first),
+        padded(s.adjacent() && s.windows.edge == Edge::constant) {}
+
+  // Whether elements j .. j + n - 1 can be loaded as vectors.
+  bool direct(int64_t j, int64_t n) const { return first + j >= 0 && first + j + n <= last; }
+  // Elements j .. j + L - 1.
+  template <bool kDirect>
+  PYPERF_HD Vector<E> operator()(int64_t j, std::bool_constant<kDirect>) const {
+    if (kDirect || direct(j, L)) return {{codec.encoded(from + j, j - origin, 1)}};
+    if (padded && (first + j + L <= 0 || first + j >= last)) return Vector<E>::fill(Element<Key, E>::nothing());
+    return Vector<E>::load(stage.load(sequence, j, sequence.adjacent() ? L : stage.kRoom, kRising));
+  }
+};
+
+// Results of a row as vectors, in rising order.
+template <class Key, class E>
+struct RowResults {
+  static constexpr int64_t L = kLanes<E>;
+  const Sequence<Key, E>& sequence;
+  Stage<Key, E>& stage;
+  const Codec<Key, E> codec;
+  const int64_t dense_end;  // up to there vectors may be stored
+  const OffsetType offset;
+  Key* const y;
+  void* const offsets;
+  const int64_t origin;
+
+  PYPERF_HD RowResults(const Sequence<Key, E>& s, int64_t end, Stage<Key, E>& stage)
+      : sequence(s),
+        stage(stage),
+        codec(s.codec()),
+        dense_end(s.dense() ? end : 0),
+        offset(s.offset),
+        y(s.y),
+        offsets(s.offsets),
+        origin(s.origin + s.first_tap) {}
+
+  // Results k .. k + L - 1, of which those before `end` are wanted.
+  template <bool kDirect>
+  PYPERF_HD void operator()(const Vector<E>& e, int64_t k, int64_t end, std::bool_constant<kDirect>) const {
+    if (!kDirect && k + L > dense_end) return stage.store(sequence, e, k, std::min(L, end - k));
+    codec.store_keys(e.v[0], y + k);
+    if constexpr (Element<Key, E>::kIndexed) {
+      if (offset == OffsetType::u8) codec.store_taps(e.v[0], static_cast<uint8_t*>(offsets) + k, k - origin, 1);
+      if (offset == OffsetType::i16) codec.store_taps(e.v[0], static_cast<int16_t*>(offsets) + k, k - origin, 1);
+      if (offset == OffsetType::i32) codec.store_taps(e.v[0], static_cast<int32_t*>(offsets) + k, k - origin, 1);
+    }
+  }
+};
+
+// ---- what van Herk's recursion runs over ----
+//
+// Vector k belongs to the outputs whose lanes it holds. Its windows are covered by the vectors that start where they
+// start (`Starting`, asked for in falling order) and the vectors that end where they end (`Ending`, in rising order).
+// `direct` vectors are loaded or stored as they are: no edges, gaps or halves.
+
+using Direct = std::true_type;
+using Anyhow = std::false_type;
+
+// Along a row: lane l of vector k belongs to output kL + l, and starts or ends a maximum of L elements.
+template <class Key, class E>
+struct Rows {
+  using V = Vector<E>;
+  static constexpr int64_t L = V::kLanes;
+  static constexpr bool kDirectBlocks = true;
+  const Sequence<Key, E>& sequence;
+  int64_t begin, end;  // results wanted; vector 0 starts at `begin`
+
+  static E lowest() { return Element<Key, E>::nothing(); }
+  int64_t vectors() const { return (end - begin + L - 1) / L; }
+  int64_t whole() const { return sequence.windows.window / L; }
+  int64_t reach() const { return (sequence.windows.window + L - 1) / L; }
+
+  // A window is whole() vectors and a part of one more, so that the vector it starts with lies across two of a buffer.
+  struct Across {
+    const int64_t from;
+    const Neighbours<E> lanes;
+    PYPERF_HD explicit Across(const Rows& r) : from(L - r.sequence.windows.window % L), lanes(from) {}
+    // `low` and `high` are at `at` and after it. Loads that straddle recent stores would wait for these.
+    PYPERF_HD V operator()(const V& low, const V& high, const E* at) const {
+      if constexpr (Neighbours<E>::kThere) return {{lanes(low.v[0], high.v[0])}};
+      return V::load(at + from);
+    }
+  };
+  struct Scratch {
+    Stage<Key, E> ending, starting, results;
+  };
+  template <bool kEnding, int kSteps>
+  class Maxima {
+    const RowElements<Key, E, kEnding> elements;
+    Doubling<E, kEnding, kSteps> doubling;
+    const int64_t from;
+
+   protected:
+    PYPERF_HD Maxima(const Rows& r, int64_t from, Stage<Key, E>& stage)
+        : elements(r.sequence, stage), doubling(lowest()), from(from) {}
+
+   public:
+    PYPERF_HD bool direct(int64_t k, int64_t n) const { return elements.direct(from + k * L, n * L); }
+    template <class D>
+    PYPERF_HD V operator()(int64_t k, D direct) {
+      return {{doubling(elements(from + k * L, direct).v[0])}};
+    }
+  };
+  template <int kSteps = log2_of(int(L))>
+  struct Ending : Maxima<true, kSteps> {
+    PYPERF_HD Ending(const Rows& r, int64_t first, Scratch& scratch)
+        : Maxima<true, kSteps>(r, r.begin + r.sequence.windows.window - 1, scratch.ending) {
+      if (int64_t(1) << kSteps == L) (*this)(first - 1, Anyhow());  // shorter maxima do not look back that far
+    }
+  };
+  struct Starting : Maxima<false, log2_of(int(L))> {
+    PYPERF_HD Starting(const Rows& r, int64_t last, Scratch& scratch)
+        : Maxima<false, log2_of(int(L))>(r, r.begin, scratch.starting) {
+      (*this)(last + 1, Anyhow());
+    }
+  };
+  class Results {
+    const RowResults<Key, E> results;
+    const int64_t begin, end;
+
+   public:
+    PYPERF_HD Results(const Rows& r, Scratch& scratch)
+        : results(r.sequence, r.end, scratch.results), begin(r.begin), end(r.end) {}
+    PYPERF_HD bool direct(int64_t k, int64_t n) const { return begin + (k + n) * L <= results.dense_end; }
+    template <class D>
+    PYPERF_HD void operator()(const V& e, int64_t k, D direct) const {
+      results(e, begin + k * L, end, direct);
+    }
+    void finish() const { results.stage.flush(results.sequence); }
+  };
+};
+
+// Along a dimension that is not the dense one: a vector holds one element of each of L neighbouring rows, and takes
+// whole cache lines with it.
+template <class Key, class E>
+struct Columns {
+  static constexpr int kCount = 4;
+  using V = Vector<E, kCount>;
+  static constexpr int64_t L = V::kLanes;
+  static constexpr bool kDirectBlocks = false;  // columns of thousands of rows are too rare for more code
+  using Item = Element<Key, E>;
+  const Sequence<Key, E>& sequence;
+  int64_t begin, end;
+  int64_t lanes;  // <= L
+
+  static E lowest() { return Item::nothing(); }
+  int64_t vectors() const { return end - begin; }
+  int64_t whole() const { return sequence.windows.window; }
+  int64_t reach() const { return sequence.windows.window; }
+
+  struct Across {
+    PYPERF_HD explicit Across(const Columns&) {}
+    PYPERF_HD V operator()(const V&, const V& high, const E*) const { return high; }
+  };
+  struct Scratch {};
+  class Elements {
+    const Sequence<Key, E>& s;
+    const Codec<Key, E> codec;
+    const int64_t lanes, from, first, length, by;
+    const Key* const x;
+
+   public:
+    PYPERF_HD Elements(const Columns& c, int64_t from)
+        : s(c.sequence),
+          codec(s.codec()),
+          lanes(c.lanes),
+          from(from),
+          first(s.position(from)),
+          length(s.windows.length),
+          by(s.windows.dilation),
+          x(s.x) {}
+    PYPERF_HD bool direct(int64_t k, int64_t n) const {
+      return lanes == L && first + k * by >= 0 && first + (k + n - 1) * by < length;
+    }
+    template <bool kDirect>
+    PYPERF_HD V operator()(int64_t k, std::bool_constant<kDirect>) const {
+      const int64_t at = from + k - s.origin, source = kDirect ? first + k * by : s.windows.source(first + k * by);
+      V r = V::fill(lowest());
+      if (!kDirect && source < 0) return r;
+      const Key* row = x + source * s.x_stride;
+      if (kDirect || lanes == L) {
+        for (int i = 0; i < kCount; ++i) r.v[i] = codec.encoded(row + i * kLanes<E>, at, 0);
+        return r;
+      }
+      E some[L];
+      r.store(some);
+      for (int64_t l = 0; l < lanes; ++l) some[l] = Item::make(codec.order.encode(row[l]), at, s.last, s.floating);
+      return V::load(some);
+    }
+  };
+  template <int = 0>
+  struct Ending : Elements {
+    PYPERF_HD Ending(const Columns& c, int64_t, Scratch&) : Elements(c, c.begin + c.sequence.windows.window - 1) {}
+  };
+  struct Starting : Elements {
+    PYPERF_HD Starting(const Columns& c, int64_t, Scratch&) : Elements(c, c.begin) {}
+  };
+  class Results {
+    const Sequence<Key, E>& s;
+    const Codec<Key, E> codec;
+    const int64_t begin, lanes;
+
+    template <class T, class Store>
+    PYPERF_HD void each(T* to, bool whole, const Store& store) const {
+      T some[L];
+      T* at = whole ? to : some;
+      for (int i = 0; i < kCount; ++i) store(i, at + i * kLanes<E>);
+      if (!whole) std::copy(some, some + lanes, to);
+    }
+    template <class Offset>
+    PYPERF_HD void store_taps(const V& e, int64_t to, int64_t start, bool whole) const {
+      each(static_cast<Offset*>(s.offsets) + to, whole,
+           [&](int i, Offset* at) { codec.store_taps(e.v[i], at, start, 0); });
+    }
+
+   public:
+    PYPERF_HD Results(const Columns& c, Scratch&) : s(c.sequence), codec(s.codec()), begin(c.begin), lanes(c.lanes) {}
+    PYPERF_HD bool direct(int64_t, int64_t) const { return s.step == 1 && lanes == L; }
+    template <bool kDirect>
+    PYPERF_HD void operator()(const V& e, int64_t k, std::bool_constant<kDirect>) const {
+      k += begin;
+      if (!kDirect && s.step > 1 && k % s.step) return;
+      const int64_t to = s.output(k) * s.y_stride;
+      const bool whole = kDirect || lanes == L;
+      each(s.y + to, whole, [&](int i, Key* at) { codec.store_keys(e.v[i], at); });
+      if constexpr (Item::kIndexed) {
+        const int64_t start = k - s.origin - s.first_tap;
+        if (s.offset == OffsetType::u8) store_taps<uint8_t>(e, to, start, whole);
+        if (s.offset == OffsetType::i16) store_taps<int16_t>(e, to, start, whole);
+        if (s.offset == OffsetType::i32) store_taps<int32_t>(e, to, start, whole);
+      }
+    }
+    void finish() const {}
+  };
+};
