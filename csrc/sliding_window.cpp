@@ -2,6 +2,13 @@
 #include "sliding_window.h"
 
 #include "../kernels/cpu/sliding_window_winners.h"
+#include "common/simd.h"
+
+namespace pyperf {
+using namespace sliding_window;
+}
+#define PYPERF_SIMD_BODY "sliding_window_chunks.h"  // the one in kernels/cpu
+#include "../kernels/cpu/simd_levels.h"
 
 namespace pyperf::sliding_window {
 
@@ -10,6 +17,18 @@ void extrema_on_cpu(const Extrema<Key>& p);  // sliding_window_extrema.cpp
 
 namespace {
 
+// The functions of the SIMD level in use.
+struct Chunks {
+  template <class A, class T, class Out, class Offset>
+  SumChunk<A, T, Out, Offset> sum_chunk() const {
+    return PYPERF_AT_SIMD_LEVEL(sum_chunk<A, T, Out, Offset>);
+  }
+  template <class Offset>
+  auto index_stretch() const {
+    return PYPERF_AT_SIMD_LEVEL(index_stretch<Offset>);
+  }
+};
+
 struct Cpu {
   template <class Key>
   static void extrema(const Extrema<Key>& p, const Tensor&) {
@@ -17,13 +36,14 @@ struct Cpu {
   }
   template <class T>
   static void winner_sums(const WinnerSums<T>& p, const Tensor&) {
-    sliding_window::winner_sums(p, TorchThreads());
+    sliding_window::winner_sums(p, TorchThreads(), Chunks());
   }
   template <class Bits>
   static void winner_gather(const WinnerGather<Bits>& p, const Tensor&) {
     sliding_window::winner_gather(p, TorchThreads());
   }
-  static void winner_index(const WinnerIndex& p, const Tensor&) { sliding_window::winner_index(p, TorchThreads()); }
+  static void winner_index(const WinnerIndex& p, const Tensor&) { sliding_window::winner_index(p, TorchThreads(), Chunks());
+  }
 };
 
 }  // namespace

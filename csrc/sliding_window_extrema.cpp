@@ -16,13 +16,7 @@ namespace pyperf::sliding_window {
 
 template <class Key>
 void extrema_on_cpu(const Extrema<Key>& p) {
-  with_simd_level([&](auto level) {
-    if constexpr (level.value == SimdLevel::baseline) baseline::extrema(p, TorchThreads());
-#if defined(__x86_64__)
-    if constexpr (level.value == SimdLevel::x86_64_v3) x86_64_v3::extrema(p, TorchThreads());
-    if constexpr (level.value == SimdLevel::x86_64_v4) x86_64_v4::extrema(p, TorchThreads());
-#endif
-  });
+  PYPERF_AT_SIMD_LEVEL(extrema<Key, TorchThreads>)(p, TorchThreads());
 }
 template void extrema_on_cpu(const Extrema<int8_t>&);
 template void extrema_on_cpu(const Extrema<int16_t>&);

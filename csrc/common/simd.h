@@ -1,8 +1,6 @@
 // Which SIMD level the CPU kernels run at: the highest that the processor has, or the one that PYPERF_SIMD names.
 #pragma once
 
-#include <type_traits>
-
 namespace pyperf {
 
 enum class SimdLevel : int { baseline = 0, x86_64_v3 = 1, x86_64_v4 = 2 };
@@ -11,19 +9,14 @@ enum class SimdLevel : int { baseline = 0, x86_64_v3 = 1, x86_64_v4 = 2 };
 SimdLevel simd_level();
 const char* simd_level_name();
 
-template <SimdLevel L>
-using SimdConstant = std::integral_constant<SimdLevel, L>;
-
-// visit(SimdConstant<level in use>())
-template <class Visit>
-void with_simd_level(const Visit& visit) {
-  switch (simd_level()) {
+// A function of kernels/cpu/simd_levels.h at the level in use.
 #if defined(__x86_64__)
-    case SimdLevel::x86_64_v4: return visit(SimdConstant<SimdLevel::x86_64_v4>());
-    case SimdLevel::x86_64_v3: return visit(SimdConstant<SimdLevel::x86_64_v3>());
+#define PYPERF_AT_SIMD_LEVEL(...)                                           \
+  (::pyperf::simd_level() == ::pyperf::SimdLevel::x86_64_v4   ? &::pyperf::x86_64_v4::__VA_ARGS__ \
+   : ::pyperf::simd_level() == ::pyperf::SimdLevel::x86_64_v3 ? &::pyperf::x86_64_v3::__VA_ARGS__ \
+                                                              : &::pyperf::baseline::__VA_ARGS__)
+#else
+#define PYPERF_AT_SIMD_LEVEL(...) (&::pyperf::baseline::__VA_ARGS__)
 #endif
-    default: return visit(SimdConstant<SimdLevel::baseline>());
-  }
-}
 
 }  // namespace pyperf

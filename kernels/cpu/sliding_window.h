@@ -138,10 +138,14 @@ constexpr int64_t kShort = 5 * kLanes<E>;  // windows below
 
 // ---- windows of some vectors and more ----
 
-template <class V, class E>
-constexpr int64_t kBlock = (16 << 10) / (V::kLanes * int64_t(sizeof(E)));  // vectors that stay in the L1 cache
-template <class V, class E>
-constexpr int64_t kBuffered = (384 << 10) / (V::kLanes * int64_t(sizeof(E)));  // and in the L2 cache
+#ifndef PYPERF_BLOCK_BYTES  // a test has smaller ones
+#define PYPERF_BLOCK_BYTES (16 << 10)
+#define PYPERF_BUFFER_BYTES (384 << 10)
+#endif
+template <class V>
+constexpr int64_t kBlock = PYPERF_BLOCK_BYTES / int64_t(sizeof(V));  // vectors that stay in the L1 cache
+template <class V>
+constexpr int64_t kBuffered = PYPERF_BUFFER_BYTES / int64_t(sizeof(V));  // and in the L2 cache
 
 // Every vector is made once. The buffer holds the last whole() vectors: those of the block before as maxima up to the
 // end of that block, those of the own block as they are.
@@ -215,8 +219,8 @@ struct RecentMaximum {
 
 template <class V, class E>
 int64_t van_herk_elements(int64_t whole, int64_t reach) {
-  if (whole <= kBuffered<V, E>) return (whole + 1) * V::kLanes;
-  const int64_t block = kBlock<V, E>, full = (reach - block - 1) / block;
+  if (whole <= kBuffered<V>) return (whole + 1) * V::kLanes;
+  const int64_t block = kBlock<V>, full = (reach - block - 1) / block;
   return (block + full + 1) * V::kLanes + RecentMaximum<V, E>::elements(full);
 }
 
@@ -225,7 +229,7 @@ int64_t van_herk_elements(int64_t whole, int64_t reach) {
 template <class E, class Source>
 void van_herk_in_blocks(const Source& source, E* memory) {
   using V = typename Source::V;
-  constexpr int64_t L = V::kLanes, kSize = kBlock<V, E>;
+  constexpr int64_t L = V::kLanes, kSize = kBlock<V>;
   const int64_t vectors = source.vectors(), between = source.reach() - kSize - 1;  // vectors before the own block
   const int64_t full = between / kSize, rest = between % kSize;
 
@@ -271,7 +275,7 @@ void van_herk_in_blocks(const Source& source, E* memory) {
 
 template <class E, class Source>
 void van_herk_of(const Source& source, E* memory) {
-  if (source.whole() <= kBuffered<typename Source::V, E>) return van_herk<E>(source, memory);
+  if (source.whole() <= kBuffered<typename Source::V>) return van_herk<E>(source, memory);
   van_herk_in_blocks<E>(source, memory);
 }
 

@@ -32,7 +32,7 @@ struct Sequence {
     const int64_t inside = position(j) >= 0 ? 0 : clip(0);
     const int64_t beyond = position(j) >= windows.length ? 0 : clip(windows.length);
     edge(out, j, 0, std::min(inside, beyond));
-    const Key* from = x + position(j + inside) * x_stride;
+    const Key* from = inside < beyond ? x + position(j + inside) * x_stride : x;  // x may be null: an empty row
     const int64_t by = windows.dilation * x_stride;
     const OrderedKey<Key> k = order;
     const bool last_wins = last, lowest_is_nothing = floating;
@@ -135,7 +135,7 @@ struct RowElements {
   Stage<Key, E>& stage;
   const Codec<Key, E> codec;
   const int64_t first, last, origin;  // position 0 is element -first; vectors may end at position `last`
-  const Key* const from;
+  const Key* const x;
   const bool padded;  // nothing lies outside
 
   PYPERF_HD RowElements(const Sequence<Key, E>& s, Stage<Key, E>& stage)
@@ -145,7 +145,7 @@ struct RowElements {
         first(s.position(0)),
         last(s.adjacent() ? s.windows.length : -1),
         origin(s.origin),
-        from(s.x + first),
+        x(s.x),
         padded(s.adjacent() && s.windows.edge == Edge::constant) {}
 
   // Whether elements j .. j + n - 1 can be loaded as vectors.
@@ -153,7 +153,7 @@ struct RowElements {
   // Elements j .. j + L - 1.
   template <bool kDirect>
   PYPERF_HD Vector<E> operator()(int64_t j, std::bool_constant<kDirect>) const {
-    if (kDirect || direct(j, L)) return {{codec.encoded(from + j, j - origin, 1)}};
+    if (kDirect || direct(j, L)) return {{codec.encoded(x + (first + j), j - origin, 1)}};
     if (padded && (first + j + L <= 0 || first + j >= last)) return Vector<E>::fill(Element<Key, E>::nothing());
     return Vector<E>::load(stage.load(sequence, j, sequence.adjacent() ? L : stage.kRoom, kRising));
   }

@@ -1,10 +1,13 @@
-// What follows from the winners of sliding windows on a CPU: gradient sums, gathers, indices. Plain loops over rows.
+// What follows from the winners of sliding windows on a CPU: gradient sums, gathers, indices. Loops over rows; what pays
+// a vector at a time is in sliding_window_chunks.h, and reaches these loops as functions of one SIMD level, `chunks`.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "../math/half.h"
 #include "../math/sliding_window.h"
@@ -13,6 +16,22 @@ namespace pyperf::sliding_window {
 
 constexpr int64_t kLaneBlock = 16;
 constexpr int64_t kElementGrain = 16 << 10;  // elements worth a thread of their own
+
+// kChunk neighbouring outputs of a phase.
+template <class T, class Offset>
+struct RunStretch {
+  const Offset* taps;
+  const T* grad;
+  int64_t start;  // position of the first output
+  int64_t step, dilation, lowest, beyond;
+};
+template <class A>
+struct RunState {
+  int64_t run;
+  A total;
+};
+template <class A, class T, class Out, class Offset>
+using SumChunk = bool (*)(const RunStretch<T, Offset>&, RunState<A>&, Out*);
 
 // Position of the winner of each output of one phase, or kNoWinner.
 template <class Offset>
@@ -37,6 +56,14 @@ struct Winners {
     const Offset tap = offsets[c * stride];
     const int64_t position = start + c * step + int64_t(tap) * dilation;
     return tap == Offset(-1) || position < lowest || position >= beyond ? kNoWinner : position;
+  }
+  // kChunk outputs from c on, whose distances fit the integers that are used there.
+  template <class T>
+  RunStretch<T, Offset> stretch(const T* grad, int64_t c) const {
+    return {offsets + c, grad + c, start + c * step, step, dilation, lowest, beyond};
+  }
+  bool stretches(int64_t window) const {
+    return stride == 1 && window < (1 << 28) / dilation && step < (1 << 20);
   }
 };
 
@@ -66,10 +93,12 @@ struct SumRow {
 // between: those after the previous winner, and up to `stop` if the phase ends here. Neighbouring ranges can so be done
 // by different threads, with the same result.
 //
-// The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end.
-template <class A, class T, class Offset, class Row>
+// The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end. `sum_chunk`
+// does the same for whole chunks; null where operands have gaps.
+template <class A, class T, class Out, class Offset>
 void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end,
-              int64_t count, int64_t first_position, int64_t stop, const Row& to) {
+              int64_t count, int64_t first_position, int64_t stop, const SumRow<A, Out>& to,
+              SumChunk<A, T, Out, Offset> sum_chunk) {
   constexpr int64_t none = Winners<Offset>::kNoWinner;
   constexpr A nothing = A(-0.0);
   constexpr int64_t kCleared = 1024;  // outputs whose winners' surroundings are cleared at once, in the cache
@@ -78,6 +107,10 @@ void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride,
   const int64_t previous = before >= 0 ? winner(before) : none;
   int64_t blank = previous == none ? first_position : previous + winner.dilation;
   const auto clear_to = [&](int64_t limit) {
+    if (winner.dilation == 1 && to.stride == 1 && blank < limit) {
+      std::fill(to.row + blank, to.row + limit, Accumulate<Out>::store(A(0)));
+      blank = limit;
+    }
     for (; blank < limit; blank += winner.dilation) to.put(blank, A(0));
   };
 
@@ -109,7 +142,17 @@ void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride,
     int64_t last = until - 1;
     while (last >= c && winner(last) == none) --last;
     if (last >= c) clear_to(winner(last) + winner.dilation);
-    while (c < until) add(winner(c));
+    while (c < until) {
+      if (sum_chunk && c % kChunk == 0 && c + kChunk <= until) {
+        RunState<A> state{run, total};
+        if (sum_chunk(winner.stretch(grad, c), state, to.row)) {
+          run = state.run, total = state.total;
+          c += kChunk;
+          continue;
+        }
+      }
+      add(winner(c));
+    }
   }
   while (run != none && c < count && continues(winner(c), run)) add(winner(c));
   if (end == count) clear_to(stop);
@@ -117,8 +160,8 @@ void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride,
 
 inline int64_t remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
 
-template <class T, class Offset, class Parallel>
-void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
+template <class T, class Offset, class Parallel, class Chunks>
+void sum_rows(const WinnerSums<T>& p, const Parallel& parallel, const Chunks& chunks) {
   using A = typename Accumulate<T>::type;
   const Windows& w = p.windows;
   const Phases phases(w);
@@ -152,16 +195,18 @@ void sum_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
                                             p.offsets_stride);
                const SumRow<A, T> row{p.grad_x + base[2] + lane, p.grad_x_stride};
-               sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, phases.count * p.grad_y_stride,
-                           from * unit, std::min(to * unit, count), count, remainder(w.start(phase), w.dilation),
-                           w.length, row);
+               const int64_t grad_stride = phases.count * p.grad_y_stride;
+               const bool dense = winner.stretches(w.window) && grad_stride == 1 && row.stride == 1;
+               sum_runs(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, grad_stride, from * unit,
+                        std::min(to * unit, count), count, remainder(w.start(phase), w.dilation), w.length, row,
+                        dense ? chunks.template sum_chunk<A, T, T, Offset>() : nullptr);
              }
            });
 }
 
 // Where padding reads elements, winners are ordered in the padded row only: sum there, then fold the edges.
-template <class T, class Offset, class Parallel>
-void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
+template <class T, class Offset, class Parallel, class Chunks>
+void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel, const Chunks& chunks) {
   using A = typename Accumulate<T>::type;
   const Windows& w = p.windows;
   const Phases phases(w);
@@ -179,9 +224,11 @@ void sum_folded_rows(const WinnerSums<T>& p, const Parallel& parallel) {
                  const int64_t count = phases.outputs(w, phase);
                  const Winners<Offset> winner(w, phases, phase, static_cast<const Offset*>(p.offsets) + base[1] + lane,
                                               p.offsets_stride);
-                 sum_runs<A>(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride,
-                             phases.count * p.grad_y_stride, 0, count, count, w.start(phase), w.start(phase),
-                             SumRow<A, A>{sums + w.left, 1});
+                 const int64_t grad_stride = phases.count * p.grad_y_stride;
+                 const bool dense = winner.stretches(w.window) && grad_stride == 1;
+                 sum_runs(winner, p.grad_y + base[0] + lane + phase * p.grad_y_stride, grad_stride, 0, count, count,
+                          w.start(phase), w.start(phase), SumRow<A, A>{sums + w.left, 1},
+                          dense ? chunks.template sum_chunk<A, T, A, Offset>() : nullptr);
                }
                for (int64_t j = 0; j < w.length; ++j) folded[j] = j + w.left < padded ? sums[j + w.left] : A(0);
                for (int64_t i = 0; i < padded; ++i) {
@@ -202,15 +249,15 @@ void with_offset_type(OffsetType type, const Visit& visit) {
   if (type == OffsetType::i32) visit(static_cast<const int32_t*>(nullptr));
 }
 
-template <class T, class Parallel>
-void winner_sums(const WinnerSums<T>& p, const Parallel& parallel) {
+template <class T, class Parallel, class Chunks>
+void winner_sums(const WinnerSums<T>& p, const Parallel& parallel, const Chunks& chunks) {
   if (p.rows.count == 0 || p.lanes == 0 || p.windows.length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
     using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     if (p.windows.edge == Edge::constant) {
-      sum_rows<T, Offset>(p, parallel);
+      sum_rows<T, Offset>(p, parallel, chunks);
     } else {
-      sum_folded_rows<T, Offset>(p, parallel);
+      sum_folded_rows<T, Offset>(p, parallel, chunks);
     }
   });
 }
@@ -247,34 +294,29 @@ void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel) {
   });
 }
 
-template <class Offset>
-void index_row(const WinnerIndex& p, int64_t row) {
-  int64_t base[2];
-  p.rows.offsets(row, base);
-  const Windows w = p.windows;
-  const Offset* taps = static_cast<const Offset*>(p.offsets) + base[0];
-  int64_t* index = p.index + base[1];
-  for (int64_t i = 0; i < w.out_length; ++i) {
-    const Offset tap = taps[i * p.offsets_stride];
-    const int64_t position = w.start(i) + int64_t(tap) * w.dilation;
-    const bool found = tap != Offset(-1) && position >= 0 && position < w.length;
-    index[i * p.index_stride] = found ? position : -1;
-  }
-}
-
-template <class Parallel>
-void winner_index(const WinnerIndex& p, const Parallel& parallel) {
-  if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
+template <class Parallel, class Chunks>
+void winner_index(const WinnerIndex& p, const Parallel& parallel, const Chunks& chunks) {
+  const Windows& w = p.windows;
+  if (p.rows.count == 0 || p.lanes == 0 || w.out_length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
     using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (p.windows.edge == Edge::constant && p.lanes == 1) {
-      parallel(p.rows.count, std::max<int64_t>(1, kElementGrain / p.windows.out_length), 0,
+    if (w.edge == Edge::constant && p.lanes == 1 && w.stride == 1 && w.dilation == 1 && p.offsets_stride == 1 &&
+        p.index_stride == 1) {
+      const int64_t units = (w.out_length + kElementGrain - 1) / kElementGrain;
+      const auto index_stretch = chunks.template index_stretch<Offset>();
+      parallel(p.rows.count * units, std::max<int64_t>(1, kElementGrain / w.out_length), 0,
                [&](int64_t first, int64_t last, char*) {
-                 for (int64_t row = first; row < last; ++row) index_row<Offset>(p, row);
+                 for (int64_t t = first; t < last; ++t) {
+                   int64_t base[2];
+                   p.rows.offsets(t / units, base);
+                   const int64_t from = t % units * kElementGrain, n = std::min(kElementGrain, w.out_length - from);
+                   index_stretch(static_cast<const Offset*>(p.offsets) + base[0] + from, p.index + base[1] + from, n,
+                                 w.start(from), w.length);
+                 }
                });
       return;
     }
-    visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,
+    visit_winners(w, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,
                   [&](int64_t i, int64_t lane, const int64_t (&base)[2], int64_t source) {
                     p.index[base[1] + lane + i * p.index_stride] = source;
                   });

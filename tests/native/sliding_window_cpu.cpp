@@ -20,7 +20,12 @@
 namespace pyperf {
 using namespace sliding_window;
 }
-#define PYPERF_SIMD_BODY "sliding_window.h"  // the one in kernels/cpu
+#define PYPERF_BLOCK_BYTES (1 << 10)  // windows of some thousand elements are huge ones here
+#define PYPERF_BUFFER_BYTES (4 << 10)
+#define PYPERF_SIMD_BODY "sliding_window.h"  // those in kernels/cpu
+#include "../../kernels/cpu/simd_levels.h"
+#undef PYPERF_SIMD_BODY
+#define PYPERF_SIMD_BODY "sliding_window_chunks.h"
 #include "../../kernels/cpu/simd_levels.h"
 
 #ifndef PYPERF_TEST_KEY_BYTES
@@ -85,6 +90,24 @@ void extrema_at(int level, const Extrema<Key>& p) {
   if (level == 2) x86_64_v4::extrema(p, Pieces());
 #endif
 }
+
+struct Chunks {
+  int level;
+#if defined(__x86_64__)
+#define AT_LEVEL(...) \
+  (level == 2 ? &x86_64_v4::__VA_ARGS__ : level == 1 ? &x86_64_v3::__VA_ARGS__ : &baseline::__VA_ARGS__)
+#else
+#define AT_LEVEL(...) (&baseline::__VA_ARGS__)
+#endif
+  template <class A, class T, class Out, class Offset>
+  SumChunk<A, T, Out, Offset> sum_chunk() const {
+    return AT_LEVEL(sum_chunk<A, T, Out, Offset>);
+  }
+  template <class Offset>
+  auto index_stretch() const {
+    return AT_LEVEL(index_stretch<Offset>);
+  }
+};
 
 // One operand, [rows, along, lanes] with gaps, in a buffer that ends with its last element.
 template <class T>
@@ -283,6 +306,8 @@ void check_winners(const Problem& problem) {
   auto want_grad = grad_x.memory;
   auto want_y = y.memory;
   auto want_index = index.memory;
+  const auto blank_grad = grad_x.memory;
+  const auto blank_index = index.memory;
   for (Bits& value : values.memory) value = Bits(generator());
   for (int64_t row = 0; row < problem.rows; ++row)
     for (int64_t lane = 0; lane < problem.lanes; ++lane) {
@@ -310,8 +335,13 @@ void check_winners(const Problem& problem) {
   sum.grad_y_stride = grad_y.stride, sum.offsets_stride = shape.stride, sum.grad_x_stride = grad_x.stride;
   sum.lanes = problem.lanes;
   sum.rows = rows_of<3>(problem.rows, {grad_y.row_stride, shape.row_stride, grad_x.row_stride});
-  winner_sums(sum, Pieces());
-  report(same(grad_x.memory, want_grad), "sums bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+  for (int level = 0; level < int(std::size(kLevels)); ++level) {
+    if (!kLevels[level].here) continue;
+    winner_sums(sum, Pieces(), Chunks{level});
+    report(same(grad_x.memory, want_grad), std::string("sums ") + kLevels[level].name +
+                                               " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+    grad_x.memory = blank_grad;
+  }
 
   WinnerGather<Bits> gather{};
   gather.windows = w;
@@ -330,8 +360,12 @@ void check_winners(const Problem& problem) {
   where.offsets_stride = shape.stride, where.index_stride = index.stride;
   where.lanes = problem.lanes;
   where.rows = rows_of<2>(problem.rows, {shape.row_stride, index.row_stride});
-  winner_index(where, Pieces());
-  report(same(index.memory, want_index), "index " + problem.described());
+  for (int level = 0; level < int(std::size(kLevels)); ++level) {
+    if (!kLevels[level].here) continue;
+    winner_index(where, Pieces(), Chunks{level});
+    report(same(index.memory, want_index), std::string("index ") + kLevels[level].name + " " + problem.described());
+    index.memory = blank_index;
+  }
 }
 
 template <int kBytes>
