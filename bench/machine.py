@@ -46,6 +46,9 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # malloc.h
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
         ctypes.CDLL(None).mallopt(mmap_max, 0)
+        # An aligned block that was freed is a little too small for the next one like it, so memory moves on through the
+        # heap before it comes back: here are pages enough that are there already.
+        torch.zeros(2**30, dtype=torch.uint8)
 
 
 def output_of(*command: str) -> str:
