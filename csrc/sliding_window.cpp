@@ -23,6 +23,10 @@ struct Chunks {
   SumChunk<A, T, Out, Offset> sum_chunk() const {
     return PYPERF_AT_SIMD_LEVEL(sum_chunk<A, T, Out, Offset>);
   }
+  template <class Bits, class Offset>
+  auto gather_stretch() const {
+    return PYPERF_AT_SIMD_LEVEL(gather_stretch<Bits, Offset>);
+  }
   template <class Offset>
   auto index_stretch() const {
     return PYPERF_AT_SIMD_LEVEL(index_stretch<Offset>);
@@ -40,7 +44,7 @@ struct Cpu {
   }
   template <class Bits>
   static void winner_gather(const WinnerGather<Bits>& p, const Tensor&) {
-    sliding_window::winner_gather(p, TorchThreads());
+    sliding_window::winner_gather(p, TorchThreads(), Chunks());
   }
   static void winner_index(const WinnerIndex& p, const Tensor&) { sliding_window::winner_index(p, TorchThreads(), Chunks());
   }

@@ -505,17 +505,20 @@ def _indices(side: _Side, call: _Call) -> torch.Tensor:
     raster = sorted(call.axes, key=lambda axis: axis.dim)
     if len(raster) == 1 and not call.global_index:
         return side.taps[0]
-    combined, none = None, None
+    found = []
     for axis, taps in zip(raster, side.taps, strict=True):
         if call.global_index:
             at = _index(taps, axis.dim, axis.length, axis.window, axis.stride, axis.dilation, axis.left, call.mode)
-            size = axis.length
+            found.append((at, axis.length))
         else:
-            at, size = reference.signed_taps(taps, axis.window), axis.window
-        none = (at < 0) if none is None else none | (at < 0)
-        combined = at if combined is None else combined * size + at
+            found.append((reference.signed_taps(taps, axis.window), axis.window))
+    combined = found[0][0]
     if len(raster) == 1:
         return combined
+    none = combined < 0
+    for at, size in found[1:]:
+        none = none | (at < 0)
+        combined = combined * size + at
     combined = combined.masked_fill(none, -1)
     if call.global_index:
         return combined

@@ -115,3 +115,14 @@ void index_stretch(const Offset* taps, int64_t* index, int64_t n, int64_t start,
     index[i] = taps[i] != Offset(-1) && uint64_t(position) < uint64_t(length) ? position : -1;
   }
 }
+
+// y[i] = the value at each output's winner, zero bits where there is none.
+template <class Bits, class Offset>
+void gather_stretch(const Offset* taps, const Bits* values, Bits* y, int64_t n, int64_t start, int64_t length) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t position = start + i + int64_t(taps[i]);
+    const bool found = taps[i] != Offset(-1) && uint64_t(position) < uint64_t(length);
+    const Bits value = values[found ? position : 0];
+    y[i] = found ? value : Bits(0);
+  }
+}

@@ -282,11 +282,39 @@ void visit_winners(const Windows& w, const StridedRows<N>& rows, int64_t lanes, 
            });
 }
 
-template <class Bits, class Parallel>
-void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel) {
-  if (p.rows.count == 0 || p.lanes == 0 || p.windows.out_length == 0) return;
+// Where the outputs of a row and their positions are neighbours: visit(bases, first output, outputs).
+template <int N, class Parallel, class Visit>
+void visit_stretches(const Windows& w, const StridedRows<N>& rows, const Parallel& parallel, const Visit& visit) {
+  const int64_t units = (w.out_length + kElementGrain - 1) / kElementGrain;
+  parallel(rows.count * units, std::max<int64_t>(1, kElementGrain / w.out_length), 0,
+           [&](int64_t first, int64_t last, char*) {
+             for (int64_t t = first; t < last; ++t) {
+               int64_t base[N];
+               rows.offsets(t / units, base);
+               const int64_t from = t % units * kElementGrain;
+               visit(base, from, std::min(kElementGrain, w.out_length - from));
+             }
+           });
+}
+inline bool in_stretches(const Windows& w, int64_t lanes) {
+  return w.edge == Edge::constant && lanes == 1 && w.stride == 1 && w.dilation == 1 && w.length > 0;
+}
+
+template <class Bits, class Parallel, class Chunks>
+void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel, const Chunks& chunks) {
+  const Windows& w = p.windows;
+  if (p.rows.count == 0 || p.lanes == 0 || w.out_length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
-    visit_winners(p.windows, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 1, p.offsets_stride, parallel,
+    using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    if (in_stretches(w, p.lanes) && p.offsets_stride == 1 && p.values_stride == 1 && p.y_stride == 1) {
+      const auto gather_stretch = chunks.template gather_stretch<Bits, Offset>();
+      visit_stretches(w, p.rows, parallel, [&](const int64_t (&base)[3], int64_t from, int64_t n) {
+        gather_stretch(static_cast<const Offset*>(p.offsets) + base[1] + from, p.values + base[0],
+                       p.y + base[2] + from, n, w.start(from), w.length);
+      });
+      return;
+    }
+    visit_winners(w, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 1, p.offsets_stride, parallel,
                   [&](int64_t i, int64_t lane, const int64_t (&base)[3], int64_t source) {
                     p.y[base[2] + lane + i * p.y_stride] =
                         source < 0 ? Bits(0) : p.values[base[0] + lane + source * p.values_stride];
@@ -300,20 +328,12 @@ void winner_index(const WinnerIndex& p, const Parallel& parallel, const Chunks& 
   if (p.rows.count == 0 || p.lanes == 0 || w.out_length == 0) return;
   with_offset_type(p.offset, [&](auto* type) {
     using Offset = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (w.edge == Edge::constant && p.lanes == 1 && w.stride == 1 && w.dilation == 1 && p.offsets_stride == 1 &&
-        p.index_stride == 1) {
-      const int64_t units = (w.out_length + kElementGrain - 1) / kElementGrain;
+    if (in_stretches(w, p.lanes) && p.offsets_stride == 1 && p.index_stride == 1) {
       const auto index_stretch = chunks.template index_stretch<Offset>();
-      parallel(p.rows.count * units, std::max<int64_t>(1, kElementGrain / w.out_length), 0,
-               [&](int64_t first, int64_t last, char*) {
-                 for (int64_t t = first; t < last; ++t) {
-                   int64_t base[2];
-                   p.rows.offsets(t / units, base);
-                   const int64_t from = t % units * kElementGrain, n = std::min(kElementGrain, w.out_length - from);
-                   index_stretch(static_cast<const Offset*>(p.offsets) + base[0] + from, p.index + base[1] + from, n,
-                                 w.start(from), w.length);
-                 }
-               });
+      visit_stretches(w, p.rows, parallel, [&](const int64_t (&base)[2], int64_t from, int64_t n) {
+        index_stretch(static_cast<const Offset*>(p.offsets) + base[0] + from, p.index + base[1] + from, n,
+                      w.start(from), w.length);
+      });
       return;
     }
     visit_winners(w, p.rows, p.lanes, static_cast<decltype(type)>(p.offsets), 0, p.offsets_stride, parallel,

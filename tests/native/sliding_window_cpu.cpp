@@ -103,6 +103,10 @@ struct Chunks {
   SumChunk<A, T, Out, Offset> sum_chunk() const {
     return AT_LEVEL(sum_chunk<A, T, Out, Offset>);
   }
+  template <class Bits, class Offset>
+  auto gather_stretch() const {
+    return AT_LEVEL(gather_stretch<Bits, Offset>);
+  }
   template <class Offset>
   auto index_stretch() const {
     return AT_LEVEL(index_stretch<Offset>);
@@ -307,6 +311,7 @@ void check_winners(const Problem& problem) {
   auto want_y = y.memory;
   auto want_index = index.memory;
   const auto blank_grad = grad_x.memory;
+  const auto blank_y = y.memory;
   const auto blank_index = index.memory;
   for (Bits& value : values.memory) value = Bits(generator());
   for (int64_t row = 0; row < problem.rows; ++row)
@@ -350,8 +355,13 @@ void check_winners(const Problem& problem) {
   gather.values_stride = values.stride, gather.offsets_stride = shape.stride, gather.y_stride = y.stride;
   gather.lanes = problem.lanes;
   gather.rows = rows_of<3>(problem.rows, {values.row_stride, shape.row_stride, y.row_stride});
-  winner_gather(gather, Pieces());
-  report(same(y.memory, want_y), "gather bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+  for (int level = 0; level < int(std::size(kLevels)); ++level) {
+    if (!kLevels[level].here) continue;
+    winner_gather(gather, Pieces(), Chunks{level});
+    report(same(y.memory, want_y), std::string("gather ") + kLevels[level].name +
+                                       " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+    y.memory = blank_y;
+  }
 
   WinnerIndex where{};
   where.windows = w;
