@@ -154,7 +154,18 @@ struct RowElements {
   template <bool kDirect>
   PYPERF_HD Vector<E> operator()(int64_t j, std::bool_constant<kDirect>) const {
     if (kDirect || direct(j, L)) return {{codec.encoded(x + (first + j), j - origin, 1)}};
-    if (padded && (first + j + L <= 0 || first + j >= last)) return Vector<E>::fill(Element<Key, E>::nothing());
+    if (padded) {
+      const int64_t position = first + j;
+      const auto nothing = Machine<E>::fill(Element<Key, E>::nothing());
+      if (position + L <= 0 || position >= last) return {{nothing}};
+      if constexpr (Neighbours<E>::kThere) {
+        if (last >= L) {  // the nearest vector inside, shifted
+          const int64_t by = position - std::clamp<int64_t>(position, 0, last - L);
+          const auto inside = codec.encoded(x + (position - by), j - by - origin, 1);
+          return {{by < 0 ? Neighbours<E>(L + by)(nothing, inside) : Neighbours<E>(by)(inside, nothing)}};
+        }
+      }
+    }
     return Vector<E>::load(stage.load(sequence, j, sequence.adjacent() ? L : stage.kRoom, kRising));
   }
 };
@@ -166,7 +177,7 @@ struct RowResults {
   const Sequence<Key, E>& sequence;
   Stage<Key, E>& stage;
   const Codec<Key, E> codec;
-  const int64_t dense_end;  // up to there vectors may be stored
+  const int64_t dense_end;  // up to there vectors may be stored; 0 where results have gaps
   const OffsetType offset;
   Key* const y;
   void* const offsets;
@@ -185,13 +196,10 @@ struct RowResults {
   // Results k .. k + L - 1, of which those before `end` are wanted.
   template <bool kDirect>
   PYPERF_HD void operator()(const Vector<E>& e, int64_t k, int64_t end, std::bool_constant<kDirect>) const {
-    if (!kDirect && k + L > dense_end) return stage.store(sequence, e, k, std::min(L, end - k));
-    codec.store_keys(e.v[0], y + k);
-    if constexpr (Element<Key, E>::kIndexed) {
-      if (offset == OffsetType::u8) codec.store_taps(e.v[0], static_cast<uint8_t*>(offsets) + k, k - origin, 1);
-      if (offset == OffsetType::i16) codec.store_taps(e.v[0], static_cast<int16_t*>(offsets) + k, k - origin, 1);
-      if (offset == OffsetType::i32) codec.store_taps(e.v[0], static_cast<int32_t*>(offsets) + k, k - origin, 1);
-    }
+    const int64_t n = kDirect ? L : std::min(L, end - k);
+    if (!kDirect && dense_end == 0) return stage.store(sequence, e, k, n);
+    codec.store_keys(e, y + k, n);
+    if constexpr (Element<Key, E>::kIndexed) codec.store_taps(e, offset, offsets, k, k - origin, 1, n);
   }
 };
 
@@ -348,19 +356,6 @@ struct Columns {
     const Codec<Key, E> codec;
     const int64_t begin, lanes;
 
-    template <class T, class Store>
-    PYPERF_HD void each(T* to, bool whole, const Store& store) const {
-      T some[L];
-      T* at = whole ? to : some;
-      for (int i = 0; i < kCount; ++i) store(i, at + i * kLanes<E>);
-      if (!whole) std::copy(some, some + lanes, to);
-    }
-    template <class Offset>
-    PYPERF_HD void store_taps(const V& e, int64_t to, int64_t start, bool whole) const {
-      each(static_cast<Offset*>(s.offsets) + to, whole,
-           [&](int i, Offset* at) { codec.store_taps(e.v[i], at, start, 0); });
-    }
-
    public:
     PYPERF_HD Results(const Columns& c, Scratch&) : s(c.sequence), codec(s.codec()), begin(c.begin), lanes(c.lanes) {}
     PYPERF_HD bool direct(int64_t, int64_t) const { return s.step == 1 && lanes == L; }
@@ -369,14 +364,10 @@ struct Columns {
       k += begin;
       if (!kDirect && s.step > 1 && k % s.step) return;
       const int64_t to = s.output(k) * s.y_stride;
-      const bool whole = kDirect || lanes == L;
-      each(s.y + to, whole, [&](int i, Key* at) { codec.store_keys(e.v[i], at); });
-      if constexpr (Item::kIndexed) {
-        const int64_t start = k - s.origin - s.first_tap;
-        if (s.offset == OffsetType::u8) store_taps<uint8_t>(e, to, start, whole);
-        if (s.offset == OffsetType::i16) store_taps<int16_t>(e, to, start, whole);
-        if (s.offset == OffsetType::i32) store_taps<int32_t>(e, to, start, whole);
-      }
+      const int64_t n = kDirect ? L : lanes;
+      codec.store_keys(e, s.y + to, n);
+      if constexpr (Item::kIndexed)
+        codec.store_taps(e, s.offset, s.offsets, to, k - s.origin - s.first_tap, 0, n);
     }
     void finish() const {}
   };

@@ -87,7 +87,7 @@ struct Neighbours {
   __m512i lanes;
   explicit Neighbours(int64_t from) {
     if constexpr (kThere) {
-      V v;
+      V v{};
       for (int i = 0; i < kLanes<E>; ++i) v[i] = E(from + i);
       lanes = (__m512i)v;
     }
@@ -103,7 +103,7 @@ struct Neighbours {
   __m256i words, in_high;
   explicit Neighbours(int64_t from) {
     typedef int Words __attribute__((vector_size(32)));
-    Words w, h;
+    Words w{}, h{};
     for (int i = 0; i < 8; ++i) {
       w[i] = int(from * int64_t(sizeof(E) / 4)) + i;
       h[i] = w[i] >= 8 ? -1 : 0;
@@ -259,5 +259,30 @@ struct Codec {
       const Offsets offsets = __builtin_convertvector(known, Offsets);
       memcpy(to, &offsets, sizeof offsets);
     }
+  }
+
+  // The first n lanes.
+  template <int kCount>
+  PYPERF_HD void store_keys(const Vector<E, kCount>& e, Key* to, int64_t n) const {
+    some(e, to, n, [&](V v, Key* at) { store_keys(v, at); });
+  }
+  template <int kCount>
+  PYPERF_HD void store_taps(const Vector<E, kCount>& e, OffsetType type, void* to, int64_t at, int64_t start,
+                            int64_t by, int64_t n) const {
+    const auto store = [&](auto* typed) {
+      some(e, typed + at, n, [&](V v, auto* to) { store_taps(v, to, start, by); });
+    };
+    if (type == OffsetType::u8) store(static_cast<uint8_t*>(to));
+    if (type == OffsetType::i16) store(static_cast<int16_t*>(to));
+    if (type == OffsetType::i32) store(static_cast<int32_t*>(to));
+  }
+
+ private:
+  template <int kCount, class T, class Store>
+  PYPERF_HD static void some(const Vector<E, kCount>& e, T* to, int64_t n, const Store& store) {
+    T whole[kCount * L];
+    T* const at = n == kCount * L ? to : whole;
+    for (int i = 0; i < kCount; ++i) store(e.v[i], at + i * L);
+    if (at == whole) memcpy(to, whole, size_t(n) * sizeof(T));
   }
 };
