@@ -13,7 +13,7 @@ using namespace sliding_window;
 namespace pyperf::sliding_window {
 
 template <class Key>
-void extrema_on_cpu(const Extrema<Key>& p);  // sliding_window_extrema.cpp
+void extrema_on_cpu(const Extrema<Key>& p);  // sliding_window_extrema.h
 
 namespace {
 

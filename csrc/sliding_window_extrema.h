@@ -1,4 +1,6 @@
-// The family's forward kernels for CPUs, which take longest to compile.
+// The family's forward kernels for CPUs. They take longest to compile, so two sources share them.
+#pragma once
+
 #include <cstring>
 #include <utility>
 
@@ -18,9 +20,5 @@ template <class Key>
 void extrema_on_cpu(const Extrema<Key>& p) {
   PYPERF_AT_SIMD_LEVEL(extrema<Key, TorchThreads>)(p, TorchThreads());
 }
-template void extrema_on_cpu(const Extrema<int8_t>&);
-template void extrema_on_cpu(const Extrema<int16_t>&);
-template void extrema_on_cpu(const Extrema<int32_t>&);
-template void extrema_on_cpu(const Extrema<int64_t>&);
 
 }  // namespace pyperf::sliding_window
