@@ -46,7 +46,8 @@ struct Cpu {
   static void winner_gather(const WinnerGather<Bits>& p, const Tensor&) {
     sliding_window::winner_gather(p, TorchThreads(), Chunks());
   }
-  static void winner_index(const WinnerIndex& p, const Tensor&) { sliding_window::winner_index(p, TorchThreads(), Chunks());
+  static void winner_index(const WinnerIndex& p, const Tensor&) {
+    sliding_window::winner_index(p, TorchThreads(), Chunks());
   }
 };
 

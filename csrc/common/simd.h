@@ -11,7 +11,7 @@ const char* simd_level_name();
 
 // A function of kernels/cpu/simd_levels.h at the level in use.
 #if defined(__x86_64__)
-#define PYPERF_AT_SIMD_LEVEL(...)                                           \
+#define PYPERF_AT_SIMD_LEVEL(...)                                                                 \
   (::pyperf::simd_level() == ::pyperf::SimdLevel::x86_64_v4   ? &::pyperf::x86_64_v4::__VA_ARGS__ \
    : ::pyperf::simd_level() == ::pyperf::SimdLevel::x86_64_v3 ? &::pyperf::x86_64_v3::__VA_ARGS__ \
                                                               : &::pyperf::baseline::__VA_ARGS__)

@@ -7,7 +7,7 @@
 //                    loaded again from a tile in the L1 cache.
 //   above            van Herk-Gil-Werman over vectors whose lanes are independent: a vector holds maxima of kLanes
 //                    neighbours, and overlap is free because a maximum is idempotent
-//   huge windows     the same with blocks that stay in the cache: what lies between the first and the last block of a
+//   huge windows     the same with blocks that stay in the cache; what lies between the first and the last block of a
 //                    window comes from the maxima of whole blocks
 // Nothing here branches on the data.
 #include "sliding_window_vectors.h"
@@ -16,7 +16,8 @@
 
 // ---- short windows ----
 
-// A window is the union of kWhole + 1 maxima of 2^kSteps neighbours, a vector apart, and of one more that starts with it.
+// A window is the union of kWhole + 1 maxima of 2^kSteps neighbours, a vector apart, and of one more that starts with
+// it.
 template <int kSteps, int kWhole, class Key, class E>
 void short_windows(const Rows<Key, E>& rows) {
   using V = Vector<E>;
@@ -42,8 +43,10 @@ void short_windows(const Rows<Key, E>& rows) {
   for (int64_t k = -1 - kWhole; k < vectors;) {
     const bool direct = k == from && from < to;
     const int64_t end = direct ? to : k < from ? from : vectors;
-    if (direct) run(k, end, Direct());
-    else run(k, end, Anyhow());
+    if (direct)
+      run(k, end, Direct());
+    else
+      run(k, end, Anyhow());
     k = end;
   }
   results.finish();
@@ -180,8 +183,10 @@ void van_herk(const Source& source, E* slots) {
       }
     };
     const int64_t n = std::min(block, vectors - first);
-    if (ending.direct(first, n) && results.direct(first, n)) run(n, Direct());
-    else run(n, Anyhow());
+    if (ending.direct(first, n) && results.direct(first, n))
+      run(n, Direct());
+    else
+      run(n, Anyhow());
   }
   results.finish();
 }
@@ -221,40 +226,45 @@ template <class V, class E>
 int64_t van_herk_elements(int64_t whole, int64_t reach) {
   if (whole <= kBuffered<V>) return (whole + 1) * V::kLanes;
   const int64_t block = kBlock<V>, full = (reach - block - 1) / block;
-  return (block + full + 1) * V::kLanes + RecentMaximum<V, E>::elements(full);
+  return (block + full + 2) * V::kLanes + RecentMaximum<V, E>::elements(full);
 }
 
-// For windows of many blocks: the vectors of the window's first block are made again, and what lies between it and the
-// own block is known from whole blocks and the tail of one.
+// For windows of many blocks, which are read twice. Lane by lane: what starts a window up to the end of its first
+// block, the whole blocks and the tail of one that lie between, and what ends it from the start of its last block on.
+// Maxima of neighbours are taken once, of all that.
 template <class E, class Source>
 void van_herk_in_blocks(const Source& source, E* memory) {
   using V = typename Source::V;
   constexpr int64_t L = V::kLanes, kSize = kBlock<V>;
-  const int64_t vectors = source.vectors(), between = source.reach() - kSize - 1;  // vectors before the own block
+  const int64_t vectors = source.vectors(), between = source.reach() - kSize - 1;  // vectors before the last block
   const int64_t full = between / kSize, rest = between % kSize;
 
-  E* starts = memory;             // [kSize, L]
-  E* tails = starts + kSize * L;  // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
+  E* starts = memory;                   // [kSize + 1, L]: of the vector before the block, then its own
+  E* tails = starts + (kSize + 1) * L;  // [full + 1, L]: maximum of the last `rest` vectors of recent blocks
   RecentMaximum<V, E> recent(full, tails + (full + 1) * L);
   const V lowest = V::fill(Source::lowest());
   typename Source::Scratch scratch;
-  typename Source::template Ending<> ending(source, -(full + 1) * kSize, scratch);
+  typename Source::template Ending<0> ending(source, 0, scratch);
+  typename Source::Starting starting(source, scratch);
+  typename Source::Neighbourhood neighbourhood;
   const typename Source::Results results(source, scratch);
 
   int64_t seen = 0;  // blocks
   for (int64_t first = -(full + 1) * kSize; first < vectors; first += kSize) {
     const int64_t n = first < 0 ? 0 : std::min(kSize, vectors - first);  // results
     if (n > 0) {
-      typename Source::Starting starting(source, first + kSize - 1, scratch);
       V start = maximum(V::load(tails + seen % (full + 1) * L), recent.get());  // the oldest tail, full + 1 blocks ago
       const auto run = [&](auto direct) __attribute__((always_inline)) {
-        for (int64_t k = kSize - 1; k >= 0; --k) {
-          start = maximum(start, starting(first + k, direct));
+        for (int64_t k = kSize; k >= 0; --k) {
+          start = maximum(start, starting(first - 1 + k, direct));
           start.store(starts + k * L);
         }
       };
-      if (Source::kDirectBlocks && starting.direct(first, kSize)) run(Direct());
-      else run(Anyhow());
+      if (Source::kDirectBlocks && starting.direct(first - 1, kSize + 1))
+        run(Direct());
+      else
+        run(Anyhow());
+      neighbourhood(start);
     }
     V own = lowest, tail = lowest;
     const auto run = [&](auto direct) __attribute__((always_inline)) {
@@ -262,11 +272,13 @@ void van_herk_in_blocks(const Source& source, E* memory) {
         const V v = ending(first + k, direct);
         own = maximum(own, v);
         if (k >= kSize - rest) tail = maximum(tail, v);
-        if (direct || k < n) results(maximum(own, V::load(starts + k * L)), first + k, direct);
+        if (direct || k < n) results(neighbourhood(maximum(own, V::load(starts + (k + 1) * L))), first + k, direct);
       }
     };
-    if (Source::kDirectBlocks && n == kSize && ending.direct(first, n) && results.direct(first, n)) run(Direct());
-    else run(Anyhow());
+    if (Source::kDirectBlocks && n == kSize && ending.direct(first, n) && results.direct(first, n))
+      run(Direct());
+    else
+      run(Anyhow());
     tail.store(tails + seen++ % (full + 1) * L);
     recent.push(own);
   }
@@ -285,8 +297,10 @@ void stretch(const Sequence<Key, E>& s, int64_t begin, int64_t end, int64_t lane
   if (lanes > 0) return van_herk_of<E>(Columns<Key, E>{s, begin, end, lanes}, memory);
   const Rows<Key, E> rows{s, begin, end};
   if (s.windows.window >= kShort<E>) return van_herk_of<E>(rows, memory);
-  if constexpr (Neighbours<E>::kThere) short_windows_from<0>(rows);
-  else short_windows_in_tiles(s, begin, end, memory);
+  if constexpr (Neighbours<E>::kThere)
+    short_windows_from<0>(rows);
+  else
+    short_windows_in_tiles(s, begin, end, memory);
 }
 
 template <class Key, class E>

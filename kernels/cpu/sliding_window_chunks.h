@@ -12,8 +12,10 @@ struct SumLanes {
 template <int kHalf, bool kUpper, class V, size_t... kLane>
 PYPERF_HD V half_swapped(V a, V b, std::index_sequence<kLane...>) {
   constexpr int L = int(sizeof...(kLane));
-  if constexpr (kUpper) return __builtin_shufflevector(a, b, int(kLane & kHalf ? L + kLane : kLane + kHalf)...);
-  else return __builtin_shufflevector(a, b, int(kLane & kHalf ? L + kLane - kHalf : kLane)...);
+  if constexpr (kUpper)
+    return __builtin_shufflevector(a, b, int(kLane & kHalf ? L + kLane : kLane + kHalf)...);
+  else
+    return __builtin_shufflevector(a, b, int(kLane & kHalf ? L + kLane - kHalf : kLane)...);
 }
 
 // rows[i][j] and rows[j][i] change places.

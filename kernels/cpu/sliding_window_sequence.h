@@ -96,16 +96,16 @@ struct Sequence {
   int64_t output(int64_t k) const { return phase + k / step * phases; }
 };
 
-// A few elements or results of a row that cannot be loaded or stored as vectors. It lives apart from what uses it, whose
-// own members can then stay in registers.
+// A few elements or results of a row that cannot be loaded or stored as vectors. It lives apart from what uses it,
+// whose own members can then stay in registers.
 template <class Key, class E>
 struct Stage {
   static constexpr int64_t L = kLanes<E>, kRoom = 16 * L;
   int64_t begin = 0, end = 0;
   E elements[kRoom];
 
-  // Elements j .. j + L - 1; `n` are taken from the sequence, those after them or those before. Neither a vector's value
-  // nor a class that holds one crosses a call: GCC 12 clears the upper half of such a result.
+  // Elements j .. j + L - 1; `n` are taken from the sequence, those after them or those before. Neither a vector's
+  // value nor a class that holds one crosses a call: GCC 12 clears the upper half of such a result.
   __attribute__((noinline)) const E* load(const Sequence<Key, E>& s, int64_t j, int64_t n, bool rising) {
     if (j < begin || j + L > end) {
       begin = rising ? j : j + L - n;
@@ -205,14 +205,14 @@ struct RowResults {
 
 // ---- what van Herk's recursion runs over ----
 //
-// Vector k belongs to the outputs whose lanes it holds. Its windows are covered by the vectors that start where they
-// start (`Starting`, asked for in falling order) and the vectors that end where they end (`Ending`, in rising order).
+// Vector k belongs to the outputs whose lanes it holds. Its windows are covered by vectors from the one they start with
+// (`Starting`, asked for in falling order) to the one they end with (`Ending`, in rising order).
 // `direct` vectors are loaded or stored as they are: no edges, gaps or halves.
 
 using Direct = std::true_type;
 using Anyhow = std::false_type;
 
-// Along a row: lane l of vector k belongs to output kL + l, and starts or ends a maximum of L elements.
+// Along a row: lane l of vector k belongs to output kL + l.
 template <class Key, class E>
 struct Rows {
   using V = Vector<E>;
@@ -240,35 +240,45 @@ struct Rows {
   struct Scratch {
     Stage<Key, E> ending, starting, results;
   };
-  template <bool kEnding, int kSteps>
-  class Maxima {
-    const RowElements<Key, E, kEnding> elements;
-    Doubling<E, kEnding, kSteps> doubling;
+  // Vectors that end where windows end, as maxima of 2^kSteps neighbours.
+  template <int kSteps = log2_of(int(L))>
+  class Ending {
+    const RowElements<Key, E, true> elements;
+    Doubling<E, kSteps> doubling;
     const int64_t from;
 
-   protected:
-    PYPERF_HD Maxima(const Rows& r, int64_t from, Stage<Key, E>& stage)
-        : elements(r.sequence, stage), doubling(lowest()), from(from) {}
-
    public:
+    PYPERF_HD Ending(const Rows& r, int64_t first, Scratch& scratch)
+        : elements(r.sequence, scratch.ending), doubling(lowest()), from(r.begin + r.sequence.windows.window - 1) {
+      if (kSteps && int64_t(1) << kSteps == L) (*this)(first - 1, Anyhow());  // shorter maxima reach back less far
+    }
     PYPERF_HD bool direct(int64_t k, int64_t n) const { return elements.direct(from + k * L, n * L); }
     template <class D>
     PYPERF_HD V operator()(int64_t k, D direct) {
       return {{doubling(elements(from + k * L, direct).v[0])}};
     }
   };
-  template <int kSteps = log2_of(int(L))>
-  struct Ending : Maxima<true, kSteps> {
-    PYPERF_HD Ending(const Rows& r, int64_t first, Scratch& scratch)
-        : Maxima<true, kSteps>(r, r.begin + r.sequence.windows.window - 1, scratch.ending) {
-      if (int64_t(1) << kSteps == L) (*this)(first - 1, Anyhow());  // shorter maxima do not look back that far
+  // Vectors that end with the first kLanes elements of windows.
+  class Starting {
+    const RowElements<Key, E, false> elements;
+    const int64_t from;
+
+   public:
+    PYPERF_HD Starting(const Rows& r, Scratch& scratch)
+        : elements(r.sequence, scratch.starting), from(r.begin + L - 1) {}
+    PYPERF_HD bool direct(int64_t k, int64_t n) const { return elements.direct(from + k * L, n * L); }
+    template <class D>
+    PYPERF_HD V operator()(int64_t k, D direct) const {
+      return elements(from + k * L, direct);
     }
   };
-  struct Starting : Maxima<false, log2_of(int(L))> {
-    PYPERF_HD Starting(const Rows& r, int64_t last, Scratch& scratch)
-        : Maxima<false, log2_of(int(L))>(r, r.begin, scratch.starting) {
-      (*this)(last + 1, Anyhow());
-    }
+  // From maxima lane by lane to those of kLanes neighbours.
+  class Neighbourhood {
+    Doubling<E> doubling;
+
+   public:
+    PYPERF_HD Neighbourhood() : doubling(lowest()) {}
+    PYPERF_HD V operator()(const V& e) { return {{doubling(e.v[0])}}; }
   };
   class Results {
     const RowResults<Key, E> results;
@@ -349,7 +359,10 @@ struct Columns {
     PYPERF_HD Ending(const Columns& c, int64_t, Scratch&) : Elements(c, c.begin + c.sequence.windows.window - 1) {}
   };
   struct Starting : Elements {
-    PYPERF_HD Starting(const Columns& c, int64_t, Scratch&) : Elements(c, c.begin) {}
+    PYPERF_HD Starting(const Columns& c, Scratch&) : Elements(c, c.begin) {}
+  };
+  struct Neighbourhood {
+    PYPERF_HD V operator()(const V& e) const { return e; }
   };
   class Results {
     const Sequence<Key, E>& s;
@@ -366,8 +379,7 @@ struct Columns {
       const int64_t to = s.output(k) * s.y_stride;
       const int64_t n = kDirect ? L : lanes;
       codec.store_keys(e, s.y + to, n);
-      if constexpr (Item::kIndexed)
-        codec.store_taps(e, s.offset, s.offsets, to, k - s.origin - s.first_tap, 0, n);
+      if constexpr (Item::kIndexed) codec.store_taps(e, s.offset, s.offsets, to, k - s.origin - s.first_tap, 0, n);
     }
     void finish() const {}
   };

@@ -65,7 +65,7 @@ PYPERF_HD __m512i neighbouring_bytes(__m512i low, __m512i high) {
 }
 template <class E, int kFrom>
 PYPERF_HD typename Machine<E>::Vector neighbours(typename Machine<E>::Vector low, typename Machine<E>::Vector high) {
-  return (typename Machine<E>::Vector)neighbouring_bytes<kFrom * int(sizeof(E))>((__m512i)low, (__m512i)high);
+  return (typename Machine<E>::Vector)neighbouring_bytes<kFrom* int(sizeof(E))>((__m512i)low, (__m512i)high);
 }
 #else
 template <class V, int kFrom, size_t... kLane>
@@ -94,9 +94,12 @@ struct Neighbours {
   }
   PYPERF_HD V operator()(V low, V high) const {
     const __m512i a = (__m512i)low, b = (__m512i)high;
-    if constexpr (sizeof(E) == 2) return (V)_mm512_permutex2var_epi16(a, lanes, b);
-    else if constexpr (sizeof(E) == 4) return (V)_mm512_permutex2var_epi32(a, lanes, b);
-    else return (V)_mm512_permutex2var_epi64(a, lanes, b);
+    if constexpr (sizeof(E) == 2)
+      return (V)_mm512_permutex2var_epi16(a, lanes, b);
+    else if constexpr (sizeof(E) == 4)
+      return (V)_mm512_permutex2var_epi32(a, lanes, b);
+    else
+      return (V)_mm512_permutex2var_epi64(a, lanes, b);
   }
 #elif PYPERF_VECTOR_BYTES == 32
   static constexpr bool kThere = sizeof(E) == 4 || sizeof(E) == 8;
@@ -123,9 +126,9 @@ struct Neighbours {
 
 constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
 
-// Maxima of 2^kSteps <= kLanes neighbours in registers: of those that end at each lane, fed with vectors in rising
-// order (kEnding), or of those that start there, fed in falling order. Each step looks into the vector fed before.
-template <class E, bool kEnding, int kSteps = log2_of(kLanes<E>)>
+// Maxima of the 2^kSteps <= kLanes neighbours that end at each lane, in registers, for vectors in rising order. Each
+// step looks into the vector before.
+template <class E, int kSteps = log2_of(kLanes<E>)>
 struct Doubling {
   using V = typename Machine<E>::Vector;
   V before[kSteps + 1];  // the elements, maxima of 2, of 4, ...
@@ -138,9 +141,7 @@ struct Doubling {
     if constexpr (kStep == kSteps) {
       return v;
     } else {
-      constexpr int kReach = 1 << kStep;
-      const V near =
-          kEnding ? neighbours<E, kLanes<E> - kReach>(before[kStep], v) : neighbours<E, kReach>(v, before[kStep]);
+      const V near = neighbours<E, kLanes<E> - (1 << kStep)>(before[kStep], v);
       before[kStep] = v;
       return operator()<kStep + 1>(v > near ? v : near);
     }
@@ -236,8 +237,10 @@ struct Codec {
       *to = order.decode(Item::key(e));
     } else {
       Keys keys;
-      if constexpr (Item::kIndexed) keys = __builtin_convertvector(e >> Item::kShift, Keys);
-      else keys = e;
+      if constexpr (Item::kIndexed)
+        keys = __builtin_convertvector(e >> Item::kShift, Keys);
+      else
+        keys = e;
       const Keys natural = flipped<Keys>(keys, keys >> OrderedKey<Key>::kSignShift, order.float_mask) ^ order.pre;
       const Keys empty = Keys{} + order.empty_bits, top = Keys{} + order.top_bits;
       const Keys some = keys == OrderedKey<Key>::kHighest ? top : natural;

@@ -1,5 +1,6 @@
-// What follows from the winners of sliding windows on a CPU: gradient sums, gathers, indices. Loops over rows; what pays
-// a vector at a time is in sliding_window_chunks.h, and reaches these loops as functions of one SIMD level, `chunks`.
+// What follows from the winners of sliding windows on a CPU: gradient sums, gathers, indices. Loops over rows; what
+// pays a vector at a time is in sliding_window_chunks.h, and reaches these loops as functions of one SIMD level,
+// `chunks`.
 #pragma once
 
 #include <algorithm>
@@ -62,9 +63,7 @@ struct Winners {
   RunStretch<T, Offset> stretch(const T* grad, int64_t c) const {
     return {offsets + c, grad + c, start + c * step, step, dilation, lowest, beyond};
   }
-  bool stretches(int64_t window) const {
-    return stride == 1 && window < (1 << 28) / dilation && step < (1 << 20);
-  }
+  bool stretches(int64_t window) const { return stride == 1 && window < (1 << 28) / dilation && step < (1 << 20); }
 };
 
 // value where keep, else -0, the neutral element of addition; by a mask, because compilers make a select a branch here,
@@ -93,8 +92,8 @@ struct SumRow {
 // between: those after the previous winner, and up to `stop` if the phase ends here. Neighbouring ranges can so be done
 // by different threads, with the same result.
 //
-// The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end. `sum_chunk`
-// does the same for whole chunks; null where operands have gaps.
+// The sum so far is stored at every output, the last one of a run wins: no branch depends on where runs end.
+// `sum_chunk` does the same for whole chunks; null where operands have gaps.
 template <class A, class T, class Out, class Offset>
 void sum_runs(const Winners<Offset>& winner, const T* grad, int64_t grad_stride, int64_t begin, int64_t end,
               int64_t count, int64_t first_position, int64_t stop, const SumRow<A, Out>& to,
@@ -309,8 +308,8 @@ void winner_gather(const WinnerGather<Bits>& p, const Parallel& parallel, const 
     if (in_stretches(w, p.lanes) && p.offsets_stride == 1 && p.values_stride == 1 && p.y_stride == 1) {
       const auto gather_stretch = chunks.template gather_stretch<Bits, Offset>();
       visit_stretches(w, p.rows, parallel, [&](const int64_t (&base)[3], int64_t from, int64_t n) {
-        gather_stretch(static_cast<const Offset*>(p.offsets) + base[1] + from, p.values + base[0],
-                       p.y + base[2] + from, n, w.start(from), w.length);
+        gather_stretch(static_cast<const Offset*>(p.offsets) + base[1] + from, p.values + base[0], p.y + base[2] + from,
+                       n, w.start(from), w.length);
       });
       return;
     }
