@@ -269,6 +269,28 @@ def test_long_rows(rows, window, dtype):
         assert_same(sliding_window_min(x, window), -sliding_window_max(-x, window))
 
 
+@pytest.mark.parametrize("window", [49_153, 98_304, 98_319, 98_320, 131_073, 250_000, 399_999])
+@pytest.mark.parametrize("padding", ["valid", "same", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_windows_beyond_the_caches(window, padding, dtype):
+    """Against repeated doubling over integers that hold value and position."""
+    n = 400_000
+    row = torch.randint(-9000, 9000, (n,), generator=torch.Generator().manual_seed(window))
+    left = {"valid": 0, "same": (window - 1) // 2, "causal": window - 1}[padding]
+    right = {"valid": 0, "same": window - 1 - left, "causal": 0}[padding]
+    x = row.to(dtype)
+    packed = torch.nn.functional.pad((x.long() << 32) + (n - torch.arange(n)), (left, right), value=-(2**62))
+    span = 1
+    while 2 * span <= window:
+        packed = torch.maximum(packed[:-span], packed[span:])
+        span *= 2
+    want = torch.maximum(packed[: packed.numel() - (window - span)], packed[window - span :])
+    y, at = sliding_window_max(x, window, padding=padding, return_indices=True)
+    assert_same(y, (want >> 32).to(dtype))
+    assert torch.equal(at, n - (want & 0xFFFFFFFF))
+    assert_same(sliding_window_max(x, window, padding=padding), y)
+
+
 @pytest.mark.parametrize("window", [3, 700, 5000])
 def test_a_row_is_the_same_in_any_company(window):
     """Neighbours, layout and threads change nothing."""
