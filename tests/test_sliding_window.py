@@ -133,7 +133,7 @@ def test_gradient_sums_in_the_stated_order(window, dtype):
     got = ops.sliding_window_backward(grad, offsets, 1, x.shape[1], window, 1, 1, 0, "constant")
     wide = np.float64 if dtype == torch.float64 else np.float32
     for row in range(2):
-        winners = (torch.arange(out) + reference.signed_taps(offsets[row], window)).tolist()
+        winners = winners_of(offsets[row], window).tolist()
         sums = reference.run_sums(
             winners, list(grad[row].to(torch.float64 if wide is np.float64 else torch.float32).numpy()), wide(0)
         )
@@ -141,6 +141,13 @@ def test_gradient_sums_in_the_stated_order(window, dtype):
         for position, total in sums.items():
             want[position] = total
         assert_same(got[row] + 0.0, torch.from_numpy(want).to(dtype) + 0.0)
+    minus = ops.sliding_window_backward(-torch.zeros_like(grad), offsets, 1, x.shape[1], window, 1, 1, 0, "constant")
+    won = torch.zeros(x.shape, dtype=torch.bool).scatter_(1, winners_of(offsets, window), True)
+    assert torch.equal(minus.signbit(), won)  # -0 is the neutral element of the sums
+
+
+def winners_of(offsets, window):
+    return torch.arange(offsets.shape[-1]) + reference.signed_taps(offsets, window)
 
 
 def test_outputs_without_a_winner_are_passed_over():

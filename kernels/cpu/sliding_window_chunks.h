@@ -60,7 +60,7 @@ bool sum_chunk(const RunStretch<T, Offset>& outputs, RunState<A>& state, Out* to
   // Step by step along the leaves: where each output's winner is, and the sum of its run within the leaf so far.
   Place at[kChunk];
   A sums[kChunk], first[kLeaves], last[kLeaves];
-  const Sums nothing = Sums{} - A(0);  // -0, the neutral element
+  const Sums nothing = -Sums{};  // -0, the neutral element
   for (int group = 0; group < kLeaves; group += L) {
     Sums leaf = nothing, front = nothing;
     Places before = Places{} - 1, in_front = Places{} - 1;
