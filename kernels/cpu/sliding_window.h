@@ -262,6 +262,8 @@ void van_herk_in_blocks(const Source& source, E* memory) {
       };
       if (Source::kDirectBlocks && starting.direct(first - 1, kSize + 1))
         run(Direct());
+      else if (Source::kDirectBlocks && starting.outside(first - 1, kSize + 1))
+        run(Outside());
       else
         run(Anyhow());
       neighbourhood(start);
@@ -275,8 +277,11 @@ void van_herk_in_blocks(const Source& source, E* memory) {
         if (direct || k < n) results(neighbourhood(maximum(own, V::load(starts + (k + 1) * L))), first + k, direct);
       }
     };
-    if (Source::kDirectBlocks && n == kSize && ending.direct(first, n) && results.direct(first, n))
+    const bool whole = Source::kDirectBlocks && n == kSize && results.direct(first, n);
+    if (whole && ending.direct(first, n))
       run(Direct());
+    else if (whole && ending.outside(first, n))
+      run(Outside());
     else
       run(Anyhow());
     tail.store(tails + seen++ % (full + 1) * L);

@@ -96,6 +96,11 @@ struct Sequence {
   int64_t output(int64_t k) const { return phase + k / step * phases; }
 };
 
+// How vectors are asked for: as memory holds them, without edges, gaps or halves; as padding alone; or in any way.
+struct Direct : std::true_type {};
+struct Outside : std::true_type {};
+struct Anyhow : std::false_type {};
+
 // A few elements or results of a row that cannot be loaded or stored as vectors. It lives apart from what uses it,
 // whose own members can then stay in registers.
 template <class Key, class E>
@@ -150,14 +155,17 @@ struct RowElements {
 
   // Whether elements j .. j + n - 1 can be loaded as vectors.
   bool direct(int64_t j, int64_t n) const { return first + j >= 0 && first + j + n <= last; }
+  // Whether there is nothing at elements j .. j + n - 1.
+  PYPERF_HD bool outside(int64_t j, int64_t n) const { return padded && (first + j + n <= 0 || first + j >= last); }
   // Elements j .. j + L - 1.
+  PYPERF_HD Vector<E> operator()(int64_t, Outside) const { return Vector<E>::fill(Element<Key, E>::nothing()); }
   template <bool kDirect>
   PYPERF_HD Vector<E> operator()(int64_t j, std::bool_constant<kDirect>) const {
     if (kDirect || direct(j, L)) return {{codec.encoded(x + (first + j), j - origin, 1)}};
     if (padded) {
       const int64_t position = first + j;
       const auto nothing = Machine<E>::fill(Element<Key, E>::nothing());
-      if (position + L <= 0 || position >= last) return {{nothing}};
+      if (outside(j, L)) return {{nothing}};
       if constexpr (Neighbours<E>::kThere) {
         if (last >= L) {  // the nearest vector inside, shifted
           const int64_t by = position - std::clamp<int64_t>(position, 0, last - L);
@@ -207,11 +215,6 @@ struct RowResults {
 //
 // Vector k belongs to the outputs whose lanes it holds. Its windows are covered by vectors from the one they start with
 // (`Starting`, asked for in falling order) to the one they end with (`Ending`, in rising order).
-// `direct` vectors are loaded or stored as they are: no edges, gaps or halves.
-
-using Direct = std::true_type;
-using Anyhow = std::false_type;
-
 // Along a row: lane l of vector k belongs to output kL + l.
 template <class Key, class E>
 struct Rows {
@@ -253,6 +256,7 @@ struct Rows {
       if (kSteps && int64_t(1) << kSteps == L) (*this)(first - 1, Anyhow());  // shorter maxima reach back less far
     }
     PYPERF_HD bool direct(int64_t k, int64_t n) const { return elements.direct(from + k * L, n * L); }
+    PYPERF_HD bool outside(int64_t k, int64_t n) const { return elements.outside(from + k * L, n * L); }
     template <class D>
     PYPERF_HD V operator()(int64_t k, D direct) {
       return {{doubling(elements(from + k * L, direct).v[0])}};
@@ -267,6 +271,7 @@ struct Rows {
     PYPERF_HD Starting(const Rows& r, Scratch& scratch)
         : elements(r.sequence, scratch.starting), from(r.begin + L - 1) {}
     PYPERF_HD bool direct(int64_t k, int64_t n) const { return elements.direct(from + k * L, n * L); }
+    PYPERF_HD bool outside(int64_t k, int64_t n) const { return elements.outside(from + k * L, n * L); }
     template <class D>
     PYPERF_HD V operator()(int64_t k, D direct) const {
       return elements(from + k * L, direct);
@@ -338,6 +343,7 @@ struct Columns {
     PYPERF_HD bool direct(int64_t k, int64_t n) const {
       return lanes == L && first + k * by >= 0 && first + (k + n - 1) * by < length;
     }
+    PYPERF_HD bool outside(int64_t, int64_t) const { return false; }
     template <bool kDirect>
     PYPERF_HD V operator()(int64_t k, std::bool_constant<kDirect>) const {
       const int64_t at = from + k - s.origin, source = kDirect ? first + k * by : s.windows.source(first + k * by);
