@@ -72,24 +72,18 @@ void short_windows_from(const Rows<Key, E>& rows) {
 template <class E>
 constexpr int64_t kTile = (16 << 10) / int64_t(sizeof(E));
 
-// s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of two and s holds n + span - 1 elements,
-// or, from done > 1 on, n + span - done maxima of `done` elements.
+// s[i] = max(s[i .. i + span - 1]) for i in [0, n), in place; span is a power of four and s holds n + span - 1
+// elements.
 template <class E>
-void widen(E* s, int64_t n, int64_t span, int64_t done = 1) {
+void widen(E* s, int64_t n, int64_t span) {
   using V = Vector<E>;
-  int64_t d = done;
-  for (; 4 * d <= span; d *= 4) {
+  for (int64_t d = 1; 4 * d <= span; d *= 4) {
     const int64_t count = n + span - 4 * d;
     int64_t i = 0;
     for (; i + V::kLanes <= count; i += V::kLanes)
       maximum(maximum(V::load(s + i), V::load(s + i + d)), maximum(V::load(s + i + 2 * d), V::load(s + i + 3 * d)))
           .store(s + i);
     for (; i < count; ++i) s[i] = std::max(std::max(s[i], s[i + d]), std::max(s[i + 2 * d], s[i + 3 * d]));
-  }
-  if (2 * d <= span) {
-    int64_t i = 0;
-    for (; i + V::kLanes <= n; i += V::kLanes) maximum(V::load(s + i), V::load(s + i + d)).store(s + i);
-    for (; i < n; ++i) s[i] = std::max(s[i], s[i + d]);
   }
 }
 
