@@ -189,7 +189,7 @@ PYPERF_HD V flipped(V a, V b, Key mask) {
     return a ^ (b & mask);
 }
 
-// The same a vector at a time.
+// Elements a vector at a time.
 template <class Key, class E>
 struct Codec {
   using Item = Element<Key, E>;

@@ -82,6 +82,13 @@ const Level kLevels[] = {{"baseline", true},
 const Level kLevels[] = {{"baseline", true}};
 #endif
 
+// check(level, its name), for those that this processor has.
+template <class Check>
+void at_every_level(const Check& check) {
+  for (int level = 0; level < int(std::size(kLevels)); ++level)
+    if (kLevels[level].here) check(level, std::string(kLevels[level].name));
+}
+
 template <class Key>
 void extrema_at(int level, const Extrema<Key>& p) {
   if (level == 0) baseline::extrema(p, Pieces());
@@ -267,18 +274,17 @@ void check_extrema(const Problem& problem) {
   p.x_stride = x.stride;
   p.y_stride = blank.stride;
   p.rows = rows_of<2>(problem.rows, {x.row_stride, blank.row_stride});
-  for (int level = 0; level < int(std::size(kLevels)); ++level) {
-    if (!kLevels[level].here) continue;
+  at_every_level([&](int level, const std::string& name) {
     std::vector<std::vector<Key>> y(2, blank.memory);
     std::vector<std::vector<unsigned char>> taps(2, std::vector<unsigned char>(want_taps[0].size(), 0xcd));
     for (size_t n = 0; n < 2; ++n) p.y[n] = y[n].data(), p.offsets[n] = width ? taps[n].data() : nullptr;
     extrema_at(level, p);
     bool ok = true;
     for (size_t n = 0; n < 2; ++n) ok &= same(y[n], want_y[n]) && same(taps[n], want_taps[n]);
-    report(ok, std::string("extrema ") + kLevels[level].name + " bytes=" + std::to_string(sizeof(Key)) +
-                   (floating ? " float" : " integer") + " offset=" + std::to_string(width) +
-                   " outputs=" + std::to_string(p.outputs) + " " + problem.described());
-  }
+    report(ok, "extrema " + name + " bytes=" + std::to_string(sizeof(Key)) + (floating ? " float" : " integer") +
+                   " offset=" + std::to_string(width) + " outputs=" + std::to_string(p.outputs) + " " +
+                   problem.described());
+  });
 }
 
 template <class T>
@@ -340,13 +346,12 @@ void check_winners(const Problem& problem) {
   sum.grad_y_stride = grad_y.stride, sum.offsets_stride = shape.stride, sum.grad_x_stride = grad_x.stride;
   sum.lanes = problem.lanes;
   sum.rows = rows_of<3>(problem.rows, {grad_y.row_stride, shape.row_stride, grad_x.row_stride});
-  for (int level = 0; level < int(std::size(kLevels)); ++level) {
-    if (!kLevels[level].here) continue;
+  at_every_level([&](int level, const std::string& name) {
     winner_sums(sum, Pieces(), Chunks{level});
-    report(same(grad_x.memory, want_grad), std::string("sums ") + kLevels[level].name +
-                                               " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+    report(same(grad_x.memory, want_grad),
+           "sums " + name + " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
     grad_x.memory = blank_grad;
-  }
+  });
 
   WinnerGather<Bits> gather{};
   gather.windows = w;
@@ -355,13 +360,12 @@ void check_winners(const Problem& problem) {
   gather.values_stride = values.stride, gather.offsets_stride = shape.stride, gather.y_stride = y.stride;
   gather.lanes = problem.lanes;
   gather.rows = rows_of<3>(problem.rows, {values.row_stride, shape.row_stride, y.row_stride});
-  for (int level = 0; level < int(std::size(kLevels)); ++level) {
-    if (!kLevels[level].here) continue;
+  at_every_level([&](int level, const std::string& name) {
     winner_gather(gather, Pieces(), Chunks{level});
-    report(same(y.memory, want_y), std::string("gather ") + kLevels[level].name +
-                                       " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
+    report(same(y.memory, want_y),
+           "gather " + name + " bytes=" + std::to_string(sizeof(T)) + " " + problem.described());
     y.memory = blank_y;
-  }
+  });
 
   WinnerIndex where{};
   where.windows = w;
@@ -370,12 +374,11 @@ void check_winners(const Problem& problem) {
   where.offsets_stride = shape.stride, where.index_stride = index.stride;
   where.lanes = problem.lanes;
   where.rows = rows_of<2>(problem.rows, {shape.row_stride, index.row_stride});
-  for (int level = 0; level < int(std::size(kLevels)); ++level) {
-    if (!kLevels[level].here) continue;
+  at_every_level([&](int level, const std::string& name) {
     winner_index(where, Pieces(), Chunks{level});
-    report(same(index.memory, want_index), std::string("index ") + kLevels[level].name + " " + problem.described());
+    report(same(index.memory, want_index), "index " + name + " " + problem.described());
     index.memory = blank_index;
-  }
+  });
 }
 
 template <int kBytes>
