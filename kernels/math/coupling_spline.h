@@ -19,8 +19,9 @@ struct SplinePoint {
   V k;                       // the bin, as a number
   V x_edge, w, y_edge, h;    // its lower corner and its size
   V d0, d1, bend0, bend1;    // slopes at its ends, and their derivatives by the raw parameters
-  V s, theta, phi;           // h / w; how far the point is from both ends: theta + phi = 1
+  V per_w, s, theta, phi;    // 1 / w, h / w; how far the point is from both ends: theta + phi = 1
   V below, above, top;       // slope = s^2 above / below^2, y = y_edge + h top / below
+  V per_below;
   V excess, edge_slope;      // beyond the box, along x; the slope at the nearer corner
   typename M::Mask inside, last, high;  // high: beyond the upper corner
 };
@@ -40,7 +41,7 @@ PYPERF_HD Value<M> spline_logit(const coupling::Spline<typename M::R>& c, Value<
   return c.exponential ? soft_clipped<M>(raw, c.inverse_curve * typename M::R(2), derivative) : raw;
 }
 
-// e[j] = exp(logit j - the largest logit); returns 1 / their sum.
+// e[j] = exp(logit j - the largest logit); returns their sum.
 template <class M, int kBins, class Raw>
 PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
   const int bins = kBins ? kBins : c.bins;
@@ -48,7 +49,7 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
 #pragma unroll
   for (int j = 1; j < bins; ++j) {
     e[j] = spline_logit<M>(c, raw(j));
-    largest = max<M>(largest, e[j]);
+    largest = M::larger(largest, e[j]);
   }
   auto sum = M::of(0);
 #pragma unroll
@@ -56,7 +57,7 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
     e[j] = exp<M>((e[j] - largest) * c.logit_scale);
     sum = sum + e[j];
   }
-  return typename M::R(1) / sum;
+  return sum;
 }
 
 // The slope that a raw derivative stands for, and its derivative.
@@ -84,8 +85,11 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   using coupling::Tails;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
-  p.width.inverse_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
-  p.height.inverse_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
+  const auto w_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
+  const auto h_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
+  const auto per_both = one / (w_sum * h_sum);  // divisions are dear; both sums are in [1, bins]
+  p.width.inverse_sum = per_both * h_sum;
+  p.height.inverse_sum = per_both * w_sum;
   p.width.per_unit = p.width.inverse_sum * c.width_room;
   p.height.per_unit = p.height.inverse_sum * c.height_room;
 
@@ -105,25 +109,27 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   };
   auto w_before = zero, h_before = zero, raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
   p.k = zero;
+  auto number = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
 #pragma unroll
   for (int j = 1; j < bins; ++j) {
     w_before = w_before + ew[j - 1], h_before = h_before + eh[j - 1];
-    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::of(R(j) * least + low));
+    number = number + one;
+    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
     const auto reached = M::at_least(t, edge);
     p.width.before = M::select(reached, w_before, p.width.before);
     p.height.before = M::select(reached, h_before, p.height.before);
     p.width.own = M::select(reached, ew[j], p.width.own);
     p.height.own = M::select(reached, eh[j], p.height.own);
-    p.k = M::select(reached, M::of(R(j)), p.k);
+    p.k = M::select(reached, number, p.k);
     const auto left = next;
     next = knot(first_knot + j + 1);
     raw0 = M::select(reached, left, raw0);
     raw1 = M::select(reached, next, raw1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
-  p.x_edge = M::fma(p.width.before, p.width.per_unit, p.k * c.least_width + c.left);
-  p.y_edge = M::fma(p.height.before, p.height.per_unit, p.k * c.least_height + c.bottom);
+  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.k, M::of(c.least_width), M::of(c.left)));
+  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.k, M::of(c.least_height), M::of(c.bottom)));
   p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
   p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
 
@@ -135,11 +141,11 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     p.d1 = M::select(p.last, one, p.d1), p.bend1 = M::select(p.last, zero, p.bend1);
   }
 
-  p.s = p.h / p.w;
+  p.per_w = one / p.w;
+  p.s = p.h * p.per_w;
   // How far t is into the bin; in the last one, how far from its end.
-  const auto size = c.inverse ? p.h : p.w;
-  const auto part =
-      clamp<M>(M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge)) / size, zero, one);
+  const auto distance = M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge));
+  const auto part = clamp<M>(c.inverse ? distance / p.h : distance * p.per_w, zero, one);
   p.theta = M::select(p.last, one - part, part);
   p.phi = M::select(p.last, part, one - part);
   if (c.inverse) {
@@ -148,7 +154,7 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     const auto swap = M::less(b, zero);
     const auto za = M::select(swap, p.phi, p.theta), zb = M::select(swap, p.theta, p.phi), q = p.s - r;
     const auto root = M::sqrt(M::fma(q, q, p.s * zb * r * R(4)));
-    const auto v = min<M>(p.s * za * R(2) / (p.s + r + root), one);
+    const auto v = M::smaller(one, p.s * za * R(2) / (p.s + r + root));
     p.theta = M::select(swap, one - v, v);
     p.phi = M::select(swap, v, one - v);
   }
@@ -156,6 +162,7 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
+  p.per_below = one / p.below;
   p.excess = at - t;
   p.edge_slope = M::select(p.high, p.d1, p.d0);
   if (c.inverse) p.excess = p.excess / p.edge_slope;
@@ -165,7 +172,7 @@ template <class M>
 PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
                             Value<M>& logdet) {
   using R = typename M::R;
-  const auto by = p.s / p.below;
+  const auto by = p.s * p.per_below;
   logdet = log<M>(by * p.above * by);
   if (c.inverse) {
     logdet = -logdet;
@@ -173,7 +180,7 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     y = clamp<M>(M::select(p.last, from_end, from_edge), M::of(c.left), M::of(c.right));
   } else {
     const auto rest = M::fma(p.s, p.phi * p.phi, p.d1 * (p.theta * p.phi));
-    const auto f = M::select(p.last, -rest, p.top) / p.below;
+    const auto f = M::select(p.last, -rest, p.top) * p.per_below;
     y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
   }
   if (c.tails == coupling::Tails::bounded) {
@@ -197,7 +204,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
   const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
-  const auto per_below = one / p.below, per_above = one / p.above, per_w = one / p.w;
+  const auto per_below = p.per_below, per_w = p.per_w, per_above = one / p.above;
   const auto by = p.s * per_below;
   const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
   // d log slope / d theta
@@ -218,7 +225,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto by_theta = M::fma(gy, p.h * by * p.above * per_below, gl * lean);
   const auto gh = gy * p.h * q * per_below * per_below;
   const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
-                           gl * R(2) * (one / p.s + q * per_above - (theta2 + phi2) * per_below));
+                           gl * R(2) * (p.w / p.h + q * per_above - (theta2 + phi2) * per_below));
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   if (bounded) {
@@ -239,9 +246,9 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, zero);
   const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
   const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
+  auto number = zero;
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
-    const auto number = M::of(R(j));
     const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
     auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
     auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
@@ -253,19 +260,21 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     }
     put_w(j, gw);
     put_h(j, ge);
+    number = number + one;
   }
   const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
   auto right = left + R(1);
   if (c.tails == Tails::circular) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
   const int most = kBins ? kBins + 1 : count;
+  number = zero;
 #pragma unroll
   for (int j = 0; j < most; ++j) {
     if (kBins && j >= count) break;
-    const auto number = M::of(R(j));
     const auto is_left = M::at_least(left, number) & M::at_least(number, left);
     const auto is_right = M::at_least(right, number) & M::at_least(number, right);
     put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
+    number = number + one;
   }
   return grad_in;
 }
