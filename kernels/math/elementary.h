@@ -122,12 +122,12 @@ PYPERF_HD Value<M> scaled_in_steps(Value<M> v, Value<M> n) {
   return v * M::from_bits((rest + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
+// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500.
 template <class M>
-PYPERF_HD Value<M> exp(Value<M> x) {
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
   using R = typename M::R;
   using F = FloatFormat<R>;
-  x = clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest));
-  const auto n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
+  n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
   auto r = M::fma(n, M::of(-F::kLog2High), x);
   r = M::fma(n, M::of(-F::kLog2Low), r);
   Value<M> p;
@@ -136,8 +136,15 @@ PYPERF_HD Value<M> exp(Value<M> x) {
                       0.001381431837544762);
   else
     p = polynomial<M>(r, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889, 0.0001984126984126984, 2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07, 2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10);
-  p = M::fma(r * r, p, r) + R(1);
-  return M::scaled(p, n);
+  return M::fma(r * r, p, r);
+}
+
+template <class M>
+PYPERF_HD Value<M> exp(Value<M> x) {
+  using F = FloatFormat<typename M::R>;
+  Value<M> n;
+  const auto f = exp_parts<M>(clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest)), n);
+  return M::scaled(f + typename M::R(1), n);
 }
 
 template <class M>
