@@ -222,7 +222,8 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
   }
-  const auto by_theta = M::fma(gy, p.h * by * p.above * per_below, gl * lean);
+  // Of the inverse, whose y is fixed, all but the move of x itself cancels.
+  const auto by_theta = c.inverse ? -grad_y * p.w : M::fma(gy, p.h * by * p.above * per_below, gl * lean);
   const auto gh = gy * p.h * q * per_below * per_below;
   const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
                            gl * R(2) * (p.w / p.h + q * per_above - (theta2 + phi2) * per_below));
