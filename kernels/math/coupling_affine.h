@@ -91,11 +91,11 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
     const auto negative = M::less(v, zero);
     Value<M> n;
     const auto power = exp_parts<M>(clamp<M>(-abs<M>(v), M::of(-F::kLargestLog), zero), n) + R(1);
-    const auto e = M::scaled(power, max<M>(n, M::of(F::kVanishing))), reciprocal = R(1) / (e + R(1));  // e = exp(-|v|)
+    const auto e = M::scaled(power, M::larger(n, M::of(F::kVanishing))), reciprocal = R(1) / (e + R(1));  // e = exp(-|v|)
     const auto log1p = log1p_of_fraction<M>(e);
     Value<M> scale;
     if constexpr (kActivation == Activation::sigmoid) {
-      logdet = sign * (min<M>(v, zero) - log1p);
+      logdet = sign * (M::smaller(v, zero) - log1p);
       slope = sign * M::select(negative, reciprocal, e * reciprocal);
       // 1 / (1 + e), or e / (1 + e), or the inverse of that
       const auto above = M::select(negative, power, one), below = e + R(1);
@@ -104,7 +104,7 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
       exponent = sign * M::select(negative, n, zero);
     } else {
       const auto tiny = M::less(v, M::of(F::kFlatSoftplus));  // softplus(v) = e there
-      scale = max<M>(v, zero) + log1p;
+      scale = M::larger(v, zero) + log1p;
       logdet = sign * M::select(tiny, v, log<M>(scale));
       slope = sign * M::select(tiny, one, M::select(negative, e * reciprocal, reciprocal) / scale);
       scale = M::select(tiny, power, scale);
@@ -147,7 +147,7 @@ PYPERF_HD Value<M> affine_value(AffineConstants<typename M::R> c, Value<M> x, Va
                                 Value<M> exponent) {
   using R = typename M::R;
   const auto t = shift * c.shift_sign;
-  const auto size = kBefore ? max<M>(abs<M>(t), abs<M>(x)) : abs<M>(t);
+  const auto size = kBefore ? M::larger(abs<M>(t), abs<M>(x)) : abs<M>(t);
   const auto large = M::less(M::of(AffineFormat<R>::kLargeShift), size);
   const auto down = M::select(large, M::of(R(0.25)), M::of(R(1)));
   const auto two = M::select(large, M::of(R(2)), M::of(R(0)));
@@ -176,7 +176,7 @@ PYPERF_HD void affine_gradients(AffineConstants<typename M::R> c, Value<M> grad_
   Value<M> down = M::of(R(1)), up = down, a = x;  // a * up is what is scaled
   if constexpr (kBefore) {
     const auto t = shift * c.shift_sign;
-    const auto large = M::less(M::of(AffineFormat<R>::kLargeShift), max<M>(abs<M>(t), abs<M>(x)));
+    const auto large = M::less(M::of(AffineFormat<R>::kLargeShift), M::larger(abs<M>(t), abs<M>(x)));
     down = M::select(large, M::of(R(0.25)), down), up = M::select(large, M::of(R(4)), up);
     a = M::fma(x, down, t * down);
   }
