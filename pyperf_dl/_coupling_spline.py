@@ -107,6 +107,7 @@ def _operators(name: str, tensors: int) -> tuple[Operator, Operator]:
         f"{name}_backward",
         fake=_fake_backward,
         reference=backward,
+        launch=f"{_LAUNCH}:{name}_backward",
         flops=_operations(60, 150, 2),
         **_by_reference(backward, tensors + 2),
         **_common,
@@ -115,6 +116,7 @@ def _operators(name: str, tensors: int) -> tuple[Operator, Operator]:
         name,
         fake=_fake_forward,
         reference=forward,
+        launch=f"{_LAUNCH}:{name}",
         flops=_operations(40, 90, 0),
         **_by_reference(forward, tensors)
         | {"backward": lambda ctx, *grads: spline_backward(*grads, *ctx.saved_tensors, *ctx.statics)},

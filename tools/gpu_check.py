@@ -73,7 +73,7 @@ def stages(options, capability):
     marked = "gpu and not slow" if quick else "gpu"
     pytest = [python, "-m", "pytest", "tests", "-q", "-m", marked, "--require-gpu", "-p", "no:cacheprovider"]
     yield Stage("tests", 60 if quick else 180, [pytest])
-    triton = [python, "-m", "pytest", "tests/test_triton.py", "-q", "-p", "no:cacheprovider"]
+    triton = [python, "-m", "pytest", *sorted((ROOT / "tests").glob("test_triton*.py")), "-q", "-p", "no:cacheprovider"]
     if not quick:  # the check above runs Triton too
         yield Stage("triton", 90, [triton])
     yield Stage("driver", 60 if quick else 120, [*compiled, *([program] for program in programs)])

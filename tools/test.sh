@@ -8,6 +8,6 @@ shift
 status=0
 "$python" -m pytest tests "$@" || status=$?
 if [[ -f tests/test_triton.py ]]; then
-  TRITON_INTERPRET=1 "$python" -m pytest tests/test_triton.py "$@" || status=$?
+  TRITON_INTERPRET=1 "$python" -m pytest tests/test_triton*.py "$@" || status=$?
 fi
 exit $status

@@ -5,7 +5,6 @@ The window dimension is made the dense one; what :func:`covers` rules out runs t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
@@ -17,6 +16,8 @@ import triton
 from pyperf_dl._triton import sliding_window as kernels
 from pyperf_dl.reference import sliding_window as reference
 from pyperf_dl.sliding_window import _laid_out
+
+from . import common
 
 COVERED = "every dtype, window, length and padding with mode 'constant', stride 1 and dilation 1"
 
@@ -111,16 +112,12 @@ def _fill(out: torch.Tensor, dim: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _check_device(t: torch.Tensor) -> None:
-    if t.device.type == "cpu" and isinstance(kernels.direct_windows, triton.JITFunction):
-        raise RuntimeError(
-            "pyperf_dl: the triton backend needs a GPU; CPU tensors work only in Triton's interpreter, "
-            "with TRITON_INTERPRET=1 set before python starts"
-        )
+    common.check_device(t, kernels.direct_windows)
 
 
 def _launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **constants: int) -> None:
     warps = max(1, min(8, constants["LANES"] * constants.get("SEGMENTS", 1) // _ELEMENTS_A_WARP))
-    with contextlib.nullcontext() if on.device.type == "cpu" else torch.accelerator.device_index(on.device.index):
+    with common.on_device_of(on):
         kernel[(programs,)](*args, **constants, num_warps=warps)
 
 

@@ -1,0 +1,326 @@
+"""Launches the Triton kernels of kernels/triton/coupling.py; signatures as in csrc/coupling.cpp.
+
+Tensors are walked with the strides that they have; what :func:`uncovered` names runs the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from pyperf_dl._coupling_spline import _like
+from pyperf_dl._triton import coupling as kernels
+from pyperf_dl.reference import coupling as reference
+
+from . import common
+
+COVERED = "affine couplings, and splines of up to 64 bins with tails 'linear' and precision 'fast'"
+
+MOST_BINS = 64
+# Of a program, and of a warp. A spline's thread keeps what it knows of four parameters in registers, two in float64.
+ELEMENTS, _ELEMENTS_A_WARP = 1024, 256
+PARAMETERS, _PARAMETERS_A_WARP = 1024, 128
+
+
+def uncovered(tails: str, exact: bool, bins: int) -> str:
+    """What of these arguments the kernels do not serve; empty where they do."""
+    if tails != "linear":
+        return f"tails={tails!r}"
+    if exact:
+        return "precision='exact'"
+    return f"more than {MOST_BINS} bins" if bins > MOST_BINS else ""
+
+
+@functools.cache
+def _warn_uncovered(name: str, kind: str) -> None:
+    warnings.warn(f"pyperf_dl: {name} with {kind} runs the reference; triton covers {COVERED}", stacklevel=4)
+
+
+def _is_uncovered(name: str, tails: str, exact: bool, bins: int) -> bool:
+    kind = uncovered(tails, exact, bins)
+    if kind:
+        _warn_uncovered(name, kind)
+    return bool(kind)
+
+
+# ---- tensors ----
+
+
+def _work(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _check_tensor(what: str, t: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
+    """What memory safety needs."""
+    if list(t.shape) != list(shape):
+        raise ValueError(f"coupling: {what} must have shape {list(shape)}, got {list(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"coupling: {what} must be on {like.device}, got {t.device}")
+
+
+class _Walk(NamedTuple):
+    """The dimensions of a call's elements, innermost first, and the strides of every tensor along them."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+
+    @staticmethod
+    def over(shape: Sequence[int], leader: torch.Tensor, tensors: Sequence[torch.Tensor | None], split: int) -> _Walk:
+        """Tensors have the shape, or one more dimension, whose stride comes last.
+
+        The first `split` dimensions come in their order, the others in that of the memory of `leader`. Dimensions that
+        every tensor allows to be one are merged.
+        """
+        dims = [d for d, size in enumerate(shape) if size != 1]
+        dims.sort(key=lambda d: (d >= split, -leader.stride(d) if d >= split else d))
+        there = [t for t in tensors if t is not None]
+        sizes: list[int] = []
+        steps: list[list[int]] = []
+        for d in dims:
+            size, step = shape[d], [t.stride(d) for t in there]
+            if sizes and all(outer == size * inner for outer, inner in zip(steps[-1], step, strict=True)):
+                size *= sizes.pop()
+                steps.pop()
+            sizes.append(size)
+            steps.append(step)
+        if not sizes:
+            sizes, steps = [1], [[0] * len(there)]
+        strides = iter(zip(*reversed(steps), strict=True))
+        found = (None if t is None else (*next(strides), *t.stride()[len(shape) :]) for t in tensors)
+        return _Walk(tuple(reversed(sizes)), tuple(found))
+
+
+class _Tiles(NamedTuple):
+    """What a program takes: `segments` times `lanes` elements, a segment being a piece of one of the samples."""
+
+    samples: int
+    sample_size: int
+    blocks: int
+    segments: int
+    lanes: int
+
+    @staticmethod
+    def of(samples: int, sample_size: int, most: int) -> _Tiles:
+        lanes = min(most, triton.next_power_of_2(sample_size))
+        blocks = triton.cdiv(sample_size, lanes)
+        segments = min(most // lanes, triton.next_power_of_2(samples * blocks))
+        return _Tiles(samples, sample_size, blocks, segments, lanes)
+
+    @property
+    def programs(self) -> int:
+        return triton.cdiv(self.samples * self.blocks, self.segments)
+
+
+# ---- launches ----
+
+
+class _Kernel(NamedTuple):
+    """A kernel with what is not a tensor; the elements that a program and a warp take."""
+
+    of: Any
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+    most: int
+    a_warp: int
+
+
+def _launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: Any) -> None:
+    with common.on_device_of(on):
+        kernel[(programs,)](*args, **options)
+
+
+def _run(
+    kernel: _Kernel,
+    tiles: _Tiles,
+    tensors: Sequence[torch.Tensor | None],
+    parameters: int,
+    sums: int = -1,
+) -> None:
+    """Launches for tensors in the kernels' order: x, parameters, grad_y, result, log-det, gradients of parameters.
+
+    sums: the samples' dimensions, where log-det is one number for each segment.
+    """
+    x, first = tensors[0], tensors[1]
+    assert x is not None
+    assert first is not None
+    leader = x if 0 in first.stride() else first
+    walked = list(tensors)
+    if sums >= 0:
+        walked[parameters + 3] = None
+    sizes, strides = _Walk.over(x.shape, leader, walked, sums)
+    _launch(
+        kernel.of,
+        tiles.programs,
+        x,
+        *tensors,
+        *(sizes, *strides, tiles.samples, tiles.sample_size, tiles.blocks, *kernel.numbers),
+        **kernel.constants,
+        SUMMED=sums >= 0,
+        NARROW=x.numel() < 2**31,
+        SEGMENTS=tiles.segments,
+        LANES=tiles.lanes,
+        num_warps=max(1, min(8, tiles.segments * tiles.lanes // kernel.a_warp)),
+        enable_fp_fusion=False,
+    )
+
+
+def _forward(
+    kernel: _Kernel, x: torch.Tensor, parameters: Sequence[torch.Tensor], sample_dims: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    common.check_device(x, kernel.of)
+    y, dtype = _like(x), reference.logdet_dtype(x)
+    none = [None] * len(parameters)
+    if not 0 <= sample_dims < x.dim():
+        logdet = torch.empty_like(y, dtype=dtype) if sample_dims < 0 else x.new_empty(x.shape, dtype=dtype)
+        if x.numel():
+            _run(
+                kernel, _Tiles.of(1, x.numel(), kernel.most), [x, *parameters, None, y, logdet, *none], len(parameters)
+            )
+        return y, logdet
+    samples = x.shape[:sample_dims]
+    if x.numel() == 0:
+        return y, x.new_zeros(samples, dtype=dtype)
+    tiles = _Tiles.of(math.prod(samples), math.prod(x.shape[sample_dims:]), kernel.most)
+    pieces = x.new_empty((*samples, tiles.blocks), dtype=dtype)
+    _run(kernel, tiles, [x, *parameters, None, y, pieces, *none], len(parameters), sample_dims)
+    return y, pieces.sum(-1) if tiles.blocks > 1 else pieces.squeeze(-1)
+
+
+def _backward(
+    kernel: _Kernel,
+    grad_y: torch.Tensor,
+    grad_logdet: torch.Tensor,
+    x: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    sample_dims: int,
+) -> torch.Tensor:
+    """Fills the parameters' gradients, and returns that of x."""
+    common.check_device(x, kernel.of)
+    summed = 0 <= sample_dims < x.dim()
+    _check_tensor("grad_y", grad_y, x.shape, x)
+    _check_tensor("grad_logdet", grad_logdet, x.shape[:sample_dims] if summed else x.shape, x)
+    if summed:
+        ones = [1] * (x.dim() - sample_dims)
+        grad_logdet = grad_logdet.reshape(*grad_logdet.shape, *ones).expand(x.shape)
+    grad_x = _like(x)
+    if x.numel():
+        tensors = [x, *parameters, grad_y, grad_x, grad_logdet, *grads]
+        _run(kernel, _Tiles.of(1, x.numel(), kernel.most), tensors, len(parameters))
+    return grad_x
+
+
+# ---- affine couplings ----
+
+
+def _affine(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inverse: bool, activation: str, clamp: float, first: bool
+) -> _Kernel:
+    for name, t in (("scale", scale), ("shift", shift)):
+        _check_tensor(name, t, x.shape, x)
+    constants = {
+        "INVERSE": inverse,
+        "ACTIVATION": activation,
+        "SHIFT_FIRST": first,
+        "WORK": _work(reference.working_dtype(x, scale, shift)),
+    }
+    bound = math.inf if activation == "exp" and not clamp else clamp
+    return _Kernel(kernels.affine, (bound,), constants, ELEMENTS, _ELEMENTS_A_WARP)
+
+
+def affine_coupling(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    return _forward(kernel, x, (scale, shift), sample_dims)
+
+
+def affine_coupling_backward(
+    grad_y, grad_logdet, x, scale, shift, inverse, activation, clamp, shift_first, sample_dims
+):
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    grads = [_like(t) for t in (scale, shift)]
+    return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
+
+
+# ---- the rational-quadratic spline ----
+
+
+def _spline(x, parameters, inverse, parametrization, box, smallest, logit_scale, curve):
+    bins = parameters[0].shape[-1]
+    for name, t, count in zip(("widths", "heights", "derivatives"), parameters, (bins, bins, bins - 1), strict=True):
+        _check_tensor(name, t, (*x.shape, count), x)
+    (left, right, bottom, top), (width, height, slope) = box, smallest
+    least = (right - left) * width, (top - bottom) * height
+    free = (right - left) * (1 - width * bins), (top - bottom) * (1 - height * bins)
+    padded = max(2, triton.next_power_of_2(bins))
+    constants = {
+        "INVERSE": inverse,
+        "EXPONENTIAL": parametrization == "zuko",
+        "WORK": _work(reference.working_dtype(x, *parameters)),
+        "BINS": padded,
+    }
+    numbers = (bins, *map(float, (*box, *least, *free, slope, logit_scale, curve)))
+    each = padded * (2 if constants["WORK"] == tl.float64 else 1)
+    return _Kernel(kernels.spline, numbers, constants, PARAMETERS // each, max(1, _PARAMETERS_A_WARP // each))
+
+
+def _split(params: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
+    return params.split((bins, bins, params.shape[-1] - 2 * bins), -1)
+
+
+def rational_quadratic_spline(
+    x, widths, heights, derivatives,
+    inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
+):  # fmt: skip
+    how = (parametrization, box, smallest, logit_scale, curve)
+    if _is_uncovered("rational_quadratic_spline", tails, exact, widths.shape[-1]):
+        return reference.rational_quadratic_spline(
+            x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
+        )
+    parameters = (widths, heights, derivatives)
+    return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
+
+
+def rational_quadratic_spline_packed(
+    x, params, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
+):
+    how = (parametrization, box, smallest, logit_scale, curve)
+    if _is_uncovered("rational_quadratic_spline_packed", tails, exact, bins):
+        return reference.rational_quadratic_spline_packed(x, params, bins, inverse, tails, *how, sample_dims, exact)
+    parameters = _split(params, bins)
+    return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
+
+
+def rational_quadratic_spline_backward(
+    grad_y, grad_logdet, x, widths, heights, derivatives,
+    inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
+):  # fmt: skip
+    how = (parametrization, box, smallest, logit_scale, curve)
+    if _is_uncovered("rational_quadratic_spline_backward", tails, exact, widths.shape[-1]):
+        return reference.rational_quadratic_spline_backward(
+            grad_y, grad_logdet, x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
+        )
+    parameters = (widths, heights, derivatives)
+    kernel = _spline(x, parameters, inverse, *how)
+    grads = [_like(t) for t in parameters]
+    return _backward(kernel, grad_y, grad_logdet, x, parameters, grads, sample_dims), *grads
+
+
+def rational_quadratic_spline_packed_backward(
+    grad_y, grad_logdet, x, params, bins,
+    inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
+):  # fmt: skip
+    how = (parametrization, box, smallest, logit_scale, curve)
+    if _is_uncovered("rational_quadratic_spline_packed_backward", tails, exact, bins):
+        return reference.rational_quadratic_spline_packed_backward(
+            grad_y, grad_logdet, x, params, bins, inverse, tails, *how, sample_dims, exact
+        )
+    parameters, grad = _split(params, bins), _like(params)
+    kernel = _spline(x, parameters, inverse, *how)
+    return _backward(kernel, grad_y, grad_logdet, x, parameters, _split(grad, bins), sample_dims), grad
