@@ -95,9 +95,12 @@ def _operations(per_element: int, x_at: int) -> Any:
     return count
 
 
+_LAUNCH = "pyperf_dl._launch.coupling"
+
 _backward = Operator(
     "affine_coupling_backward",
     tensors=5,
+    launch=f"{_LAUNCH}:affine_coupling_backward",
     fake=_fake_backward,
     reference=reference.affine_coupling_backward,
     save=_saved_backward,
@@ -114,6 +117,7 @@ _backward = Operator(
 _coupling = Operator(
     "affine_coupling",
     tensors=3,
+    launch=f"{_LAUNCH}:affine_coupling",
     fake=_fake_forward,
     reference=reference.affine_coupling,
     save=_saved,
