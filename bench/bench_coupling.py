@@ -174,8 +174,8 @@ def check(spec: Spec) -> Callable[[Any, Any, bool], float]:
 
 
 def peer(spec: Spec, function: Callable[..., Any], compiled: bool) -> Peer:
-    """On a sixteenth of the rows where the whole would take seconds."""
-    part = 16 if spec.rows >= 65_536 and not compiled else 1
+    """On a quarter of the rows where the whole would take seconds."""
+    part = 4 if spec.rows >= 65_536 and not compiled else 1
     call = functools.partial(function, inverse=spec.inverse)
     call = torch.compile(call, dynamic=False) if compiled else call
 
@@ -192,10 +192,12 @@ def peer(spec: Spec, function: Callable[..., Any], compiled: bool) -> Peer:
     return Peer(lambda i: run(spec, call, i), prepare, same, scale=part, compiles=compiled)
 
 
-def peers_of(spec: Spec, compiled: bool) -> dict[str, Peer]:
-    there = {name: function for name, function in PEERS.items() if optional(name) is not None}
+def peers_of(spec: Spec) -> dict[str, Peer]:
+    """normflows has nflows' code; compiled peers take minutes to compile."""
+    names = PEERS if spec.full else ("nflows", "zuko")
+    there = {name: PEERS[name] for name in names if optional(name) is not None}
     found = {name: peer(spec, function, False) for name, function in there.items()}
-    if compiled:
+    if spec.full:
         found |= {f"{name} compiled": peer(spec, f, True) for name, f in there.items() if name != "normflows"}
     return found
 
@@ -212,44 +214,43 @@ def moved(spec: Spec, inputs: Any, outputs: Any) -> int:
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
 
-def spline_case(name: str, spec: Spec, make: Any = None, compiled: bool = False, peers: bool = True) -> Case:
+def spline_case(name: str, spec: Spec, make: Any = None, peers: bool = True) -> Case:
     return Case(
         FAMILY,
         "rational_quadratic_spline",
-        name,
+        f"{spec.what}, {name}",
         spec.dtype,
         spec.device,
         make=(make or random_elements)(spec),
         ours=lambda inputs: run(spec, functools.partial(ours, spec), inputs),
         error=check(spec),
         moved=functools.partial(moved, spec),
-        peers=peers_of(spec, compiled) if peers else {},
+        peers=peers_of(spec) if peers else {},
         tolerance=TOLERANCE[spec.dtype],
         params={"bins": spec.bins, "shape": [spec.rows, FEATURES], "precision": spec.precision, "what": spec.what},
         cold=spec.rows > 1024,
     )
 
 
+def spline_cases(device: str, full: bool) -> list[Case]:
+    """Bins, directions, precisions, sizes, and real features."""
+    base = Spec(262_144 if device == "cuda" else 65_536, 8, device, full=full)
+    every = [base._replace(what=what) for what in DIRECTIONS]
+    some = every if full else every[-1:]
+    found = [spline_case("K=8", spec) for spec in every]
+    found += [spline_case(f"K={k}", spec._replace(bins=k), peers=full) for k in (16, 32) for spec in some]
+    found += [spline_case("exact, K=8", spec._replace(precision="exact"), peers=False) for spec in every]
+    found += [spline_case("K=8, 16-bit parameters", s._replace(dtype=torch.bfloat16), peers=False) for s in some]
+    for few in (64, 256) if full else (256,):
+        found += [spline_case(f"{few * FEATURES} elements, K=8", spec._replace(rows=few)) for spec in every]
+    if optional("sklearn.datasets"):
+        found += [spline_case("breast cancer features, K=8", spec, real_elements) for spec in some]
+    return found
+
+
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device."""
-    rows = 262_144 if device == "cuda" else 65_536
-    base = Spec(rows, 8, device, full=full)
-    found = []
-    for bins in (8, 16, 32):
-        for what in DIRECTIONS:
-            spec = base._replace(bins=bins, what=what)
-            found.append(spline_case(f"{what}, K={bins}", spec, compiled=bins == 8 or full, peers=bins == 8 or full))
-    for what in DIRECTIONS:
-        found.append(spline_case(f"{what}, exact, K=8", base._replace(what=what, precision="exact"), peers=False))
-        found.append(
-            spline_case(f"{what}, bf16 parameters, K=8", base._replace(what=what, dtype=torch.bfloat16), peers=False)
-        )
-        for few in (64, 256):
-            spec = base._replace(rows=few, what=what)
-            found.append(spline_case(f"{what}, {few * FEATURES} elements, K=8", spec, compiled=full))
-        if optional("sklearn.datasets"):
-            found.append(spline_case(f"{what}, breast cancer features, K=8", base._replace(what=what), real_elements))
-    return found
+    return spline_cases(device, full)
 
 
 # ---- pytest ----
