@@ -169,6 +169,15 @@ inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
 
 // ---- operators ----
 
+// The same parameters in `copies`, which can always be walked.
+inline std::array<Parameters, 3> copied(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& copies) {
+  for (int k = 0; k < 3; ++k) {
+    copies[k] = contiguous(*parameters[k].of);
+    parameters[k].of = &copies[k];
+  }
+  return parameters;
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters,
                                           const SplineArguments& how, int64_t bins) {
@@ -190,12 +199,10 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
   }
   if (run_spline<Backend, false>(t, how, bins)) return {t.result, t.logdet};
   std::array<Tensor, 3> copies;
-  std::array<Parameters, 3> again = parameters;
-  for (int k = 0; k < 3; ++k) {
-    copies[k] = contiguous(*parameters[k].of);
-    again[k].of = &copies[k];
-  }
-  return spline_forward<Backend>(contiguous(x), again, how, bins);
+  const auto [y, logdet] = spline_forward<Backend>(contiguous(x), copied(parameters, copies), how, bins);
+  copy_(t.result, y);
+  copy_(t.logdet, logdet);
+  return {t.result, t.logdet};
 }
 
 // Gradients of x, and of the parameters into `gradients`, whose tensors are there.
@@ -220,14 +227,21 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   t.backward = true;
   t.result = empty(x, sizes_of(x, x.dim()), physical_layout(x), x.scalar_type());
   if (run_spline<Backend, true>(t, how, bins)) return t.result;
-  const Tensor dense_grad = contiguous(grad_y);
-  std::array<Tensor, 3> copies;
-  std::array<Parameters, 3> again = parameters;
+  std::array<Tensor, 3> copies, dense;
+  std::array<Parameters, 3> into = gradients;
   for (int k = 0; k < 3; ++k) {
-    copies[k] = contiguous(*parameters[k].of);
-    again[k].of = &copies[k];
+    const bool packed = k > 0 && gradients[k].of == gradients[0].of;
+    if (!packed) dense[k] = contiguous(*gradients[k].of);
+    into[k].of = packed ? &dense[0] : &dense[k];
   }
-  return spline_backward<Backend>(dense_grad, contiguous(grad_logdet), contiguous(x), again, gradients, how, bins);
+  const Tensor grad_x = spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x),
+                                                 copied(parameters, copies), into, how, bins);
+  copy_(t.result, grad_x);
+  for (int k = 0; k < 3; ++k) {
+    Tensor gradient = *gradients[k].of;
+    if (into[k].of == &dense[k]) copy_(gradient, dense[k]);
+  }
+  return t.result;
 }
 
 inline Tensor gradient_like(const Tensor& t) {

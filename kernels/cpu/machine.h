@@ -34,6 +34,18 @@ struct VectorMachine {
     else
       return (V)_mm512_mask_blend_pd(m, (__m512d)b, (__m512d)a);
   }
+  PYPERF_HD static V larger(V a, V b) {
+    if constexpr (sizeof(R) == 4)
+      return (V)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+    else
+      return (V)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+  }
+  PYPERF_HD static V smaller(V a, V b) {
+    if constexpr (sizeof(R) == 4)
+      return (V)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
+    else
+      return (V)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+  }
   PYPERF_HD static V fma(V a, V b, V c) {
     if constexpr (sizeof(R) == 4)
       return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -59,6 +71,18 @@ struct VectorMachine {
   PYPERF_HD static V select(Mask m, V a, V b) { return m ? a : b; }
   PYPERF_HD static V scaled(V v, V n) { return math::scaled_in_steps<VectorMachine>(v, n); }
 #if PYPERF_VECTOR_BYTES == 32
+  PYPERF_HD static V larger(V a, V b) {
+    if constexpr (sizeof(R) == 4)
+      return (V)_mm256_max_ps((__m256)a, (__m256)b);
+    else
+      return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+  }
+  PYPERF_HD static V smaller(V a, V b) {
+    if constexpr (sizeof(R) == 4)
+      return (V)_mm256_min_ps((__m256)a, (__m256)b);
+    else
+      return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+  }
   PYPERF_HD static V fma(V a, V b, V c) {
     if constexpr (sizeof(R) == 4)
       return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -72,6 +96,8 @@ struct VectorMachine {
       return (V)_mm256_sqrt_pd((__m256d)a);
   }
 #else
+  PYPERF_HD static V larger(V a, V b) { return a > b ? a : b; }
+  PYPERF_HD static V smaller(V a, V b) { return a < b ? a : b; }
   PYPERF_HD static V fma(V a, V b, V c) {
     for (int i = 0; i < kLanes; ++i) a[i] = ScalarMachine<R>::fma(a[i], b[i], c[i]);
     return a;

@@ -19,8 +19,9 @@ struct SplinePoint {
   V k;                       // the bin, as a number
   V x_edge, w, y_edge, h;    // its lower corner and its size
   V d0, d1, bend0, bend1;    // slopes at its ends, and their derivatives by the raw parameters
-  V s, theta, phi;           // h / w; how far the point is from both ends: theta + phi = 1
+  V per_w, s, theta, phi;    // 1 / w, h / w; how far the point is from both ends: theta + phi = 1
   V below, above, top;       // slope = s^2 above / below^2, y = y_edge + h top / below
+  V per_below;
   V excess, edge_slope;      // beyond the box, along x; the slope at the nearer corner
   typename M::Mask inside, last, high;  // high: beyond the upper corner
 };
@@ -34,7 +35,7 @@ PYPERF_HD Value<M> soft_clipped(Value<M> u, typename M::R inverse_bend, Value<M>
   return u * a;
 }
 
-// e[j] = exp(logit j - the largest logit); returns 1 / their sum.
+// e[j] = exp(logit j - the largest logit); returns their sum.
 template <class M, int kBins, class Raw>
 PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
   const int bins = kBins ? kBins : c.bins;
@@ -47,14 +48,14 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
   }
   auto largest = e[0];
 #pragma unroll
-  for (int j = 1; j < bins; ++j) largest = max<M>(largest, e[j]);
+  for (int j = 1; j < bins; ++j) largest = M::larger(largest, e[j]);
   auto sum = M::of(0);
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
     e[j] = exp<M>((e[j] - largest) * c.logit_scale);
     sum = sum + e[j];
   }
-  return typename M::R(1) / sum;
+  return sum;
 }
 
 // The slope that a raw derivative stands for, and its derivative.
@@ -82,8 +83,11 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   using coupling::Tails;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
-  p.width.inverse_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
-  p.height.inverse_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
+  const auto w_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
+  const auto h_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
+  const auto per_both = one / (w_sum * h_sum);  // divisions are dear; both sums are in [1, bins]
+  p.width.inverse_sum = per_both * h_sum;
+  p.height.inverse_sum = per_both * w_sum;
   p.width.per_unit = p.width.inverse_sum * c.width_room;
   p.height.per_unit = p.height.inverse_sum * c.height_room;
 
@@ -103,17 +107,19 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   };
   auto w_before = zero, h_before = zero, raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
   p.k = zero;
+  auto number = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
 #pragma unroll
   for (int j = 1; j < bins; ++j) {
     w_before = w_before + ew[j - 1], h_before = h_before + eh[j - 1];
-    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::of(R(j) * least + low));
+    number = number + one;
+    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
     const auto reached = M::at_least(t, edge);
     p.width.before = M::select(reached, w_before, p.width.before);
     p.height.before = M::select(reached, h_before, p.height.before);
     p.width.own = M::select(reached, ew[j], p.width.own);
     p.height.own = M::select(reached, eh[j], p.height.own);
-    p.k = M::select(reached, M::of(R(j)), p.k);
+    p.k = M::select(reached, number, p.k);
     if constexpr (M::kLanes > 1) {
       const auto left = next;
       next = knot(first_knot + j + 1);
@@ -127,8 +133,8 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     raw1 = knot(first_knot + k + 1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
-  p.x_edge = M::fma(p.width.before, p.width.per_unit, p.k * c.least_width + c.left);
-  p.y_edge = M::fma(p.height.before, p.height.per_unit, p.k * c.least_height + c.bottom);
+  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.k, M::of(c.least_width), M::of(c.left)));
+  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.k, M::of(c.least_height), M::of(c.bottom)));
   p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
   p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
 
@@ -140,11 +146,11 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     p.d1 = M::select(p.last, one, p.d1), p.bend1 = M::select(p.last, zero, p.bend1);
   }
 
-  p.s = p.h / p.w;
+  p.per_w = one / p.w;
+  p.s = p.h * p.per_w;
   // How far t is into the bin; in the last one, how far from its end.
-  const auto size = c.inverse ? p.h : p.w;
-  const auto part =
-      clamp<M>(M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge)) / size, zero, one);
+  const auto distance = M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge));
+  const auto part = clamp<M>(c.inverse ? distance / p.h : distance * p.per_w, zero, one);
   p.theta = M::select(p.last, one - part, part);
   p.phi = M::select(p.last, part, one - part);
   if (c.inverse) {
@@ -153,7 +159,7 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     const auto swap = M::less(b, zero);
     const auto za = M::select(swap, p.phi, p.theta), zb = M::select(swap, p.theta, p.phi), q = p.s - r;
     const auto root = M::sqrt(M::fma(q, q, p.s * zb * r * R(4)));
-    const auto v = min<M>(p.s * za * R(2) / (p.s + r + root), one);
+    const auto v = M::smaller(one, p.s * za * R(2) / (p.s + r + root));
     p.theta = M::select(swap, one - v, v);
     p.phi = M::select(swap, v, one - v);
   }
@@ -161,6 +167,7 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
+  p.per_below = one / p.below;
   p.excess = at - t;
   p.edge_slope = M::select(p.high, p.d1, p.d0);
   if (c.inverse) p.excess = p.excess / p.edge_slope;
@@ -170,7 +177,7 @@ template <class M>
 PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
                             Value<M>& logdet) {
   using R = typename M::R;
-  const auto by = p.s / p.below;
+  const auto by = p.s * p.per_below;
   logdet = log<M>(by * p.above * by);
   if (c.inverse) {
     logdet = -logdet;
@@ -178,7 +185,7 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     y = clamp<M>(M::select(p.last, from_end, from_edge), M::of(c.left), M::of(c.right));
   } else {
     const auto rest = M::fma(p.s, p.phi * p.phi, p.d1 * (p.theta * p.phi));
-    const auto f = M::select(p.last, -rest, p.top) / p.below;
+    const auto f = M::select(p.last, -rest, p.top) * p.per_below;
     y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
   }
   if (c.tails == coupling::Tails::bounded) {
@@ -202,7 +209,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
   const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
-  const auto per_below = one / p.below, per_above = one / p.above, per_w = one / p.w;
+  const auto per_below = p.per_below, per_w = p.per_w, per_above = one / p.above;
   const auto by = p.s * per_below;
   const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
   // d log slope / d theta
@@ -220,10 +227,11 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
   }
-  const auto by_theta = M::fma(gy, p.h * by * p.above * per_below, gl * lean);
+  // Of the inverse, whose y is fixed, all but the move of x itself cancels.
+  const auto by_theta = c.inverse ? -grad_y * p.w : M::fma(gy, p.h * by * p.above * per_below, gl * lean);
   const auto gh = gy * p.h * q * per_below * per_below;
   const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
-                           gl * R(2) * (one / p.s + q * per_above - (theta2 + phi2) * per_below));
+                           gl * R(2) * (p.w / p.h + q * per_above - (theta2 + phi2) * per_below));
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   if (bounded) {
@@ -244,9 +252,9 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, zero);
   const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
   const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
+  auto number = zero;
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
-    const auto number = M::of(R(j));
     const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
     const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
     const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
@@ -260,6 +268,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
       put_w(j, gw);
       put_h(j, ge);
     }
+    number = number + one;
   }
   const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
@@ -274,13 +283,14 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     if (l >= 0 && l < count) put_d(l, by_d0 + (l == r ? by_d1 : zero));
     if (l != r && r < count) put_d(r, by_d1 + zero);
   } else {
+    number = zero;
 #pragma unroll
     for (int j = 0; j < most; ++j) {
       if (kBins && j >= count) break;
-      const auto number = M::of(R(j));
       const auto is_left = M::at_least(left, number) & M::at_least(number, left);
       const auto is_right = M::at_least(right, number) & M::at_least(number, right);
       put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
+      number = number + one;
     }
   }
   return grad_in;

@@ -5,7 +5,8 @@
 //   M::V             the value: a scalar, or a vector of the compiler's; + - * / work on it
 //   M::R, M::Int     its scalar, and the integers of that width
 //   M::Mask          the result of M::less and M::at_least; & and | work on it
-//   M::of, fma, sqrt, select(mask, a, b), bits, from_bits, scaled(v, n) = v * 2^n for a whole n
+//   M::of, fma, sqrt, select(mask, a, b), bits, from_bits, scaled(v, n) = v * 2^n for a whole n,
+//   larger(a, b), smaller(a, b): b where either is NaN
 // Errors in ulps are tested (tests/native/elementary_cpu.cpp).
 //
 // No include guard and no namespace: a function takes the instruction set of the place where it stands, so
@@ -52,6 +53,8 @@ struct ScalarMachine {
   PYPERF_HD static V select(Mask m, V a, V b) { return m ? a : b; }
   PYPERF_HD static Mask less(V a, V b) { return a < b; }
   PYPERF_HD static Mask at_least(V a, V b) { return a >= b; }
+  PYPERF_HD static V larger(V a, V b) { return a > b ? a : b; }
+  PYPERF_HD static V smaller(V a, V b) { return a < b ? a : b; }
   PYPERF_HD static V fma(V a, V b, V c) {
     if constexpr (sizeof(R) == 4)
       return ::fmaf(a, b, c);
@@ -82,19 +85,10 @@ namespace math {
 template <class M>
 using Value = typename M::V;
 
-template <class M>
-PYPERF_HD Value<M> max(Value<M> a, Value<M> b) {  // b where a is NaN
-  return M::select(M::less(b, a), a, b);
-}
-template <class M>
-PYPERF_HD Value<M> min(Value<M> a, Value<M> b) {
-  return M::select(M::less(a, b), a, b);
-}
 // Within [low, high]; NaN stays.
 template <class M>
 PYPERF_HD Value<M> clamp(Value<M> v, Value<M> low, Value<M> high) {
-  v = M::select(M::less(v, low), low, v);
-  return M::select(M::less(high, v), high, v);
+  return M::smaller(high, M::larger(low, v));
 }
 template <class M>
 PYPERF_HD Value<M> abs(Value<M> v) {
@@ -128,12 +122,12 @@ PYPERF_HD Value<M> scaled_in_steps(Value<M> v, Value<M> n) {
   return v * M::from_bits((rest + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
+// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500.
 template <class M>
-PYPERF_HD Value<M> exp(Value<M> x) {
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
   using R = typename M::R;
   using F = FloatFormat<R>;
-  x = clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest));
-  const auto n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
+  n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
   auto r = M::fma(n, M::of(-F::kLog2High), x);
   r = M::fma(n, M::of(-F::kLog2Low), r);
   Value<M> p;
@@ -142,8 +136,15 @@ PYPERF_HD Value<M> exp(Value<M> x) {
                       0.001381431837544762);
   else
     p = polynomial<M>(r, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889, 0.0001984126984126984, 2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07, 2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10);
-  p = M::fma(r * r, p, r) + R(1);
-  return M::scaled(p, n);
+  return M::fma(r * r, p, r);
+}
+
+template <class M>
+PYPERF_HD Value<M> exp(Value<M> x) {
+  using F = FloatFormat<typename M::R>;
+  Value<M> n;
+  const auto f = exp_parts<M>(clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest)), n);
+  return M::scaled(f + typename M::R(1), n);
 }
 
 template <class M>
@@ -186,15 +187,16 @@ PYPERF_HD Value<M> log(Value<M> x) {
 template <class M>
 PYPERF_HD Value<M> log1p_of_fraction(Value<M> e) {
   using R = typename M::R;
-  if constexpr (sizeof(R) == 4) {
-    const auto u = e / (e + R(2)), v = u * u;  // 2 atanh(u)
-    const auto series = polynomial<M>(v, 0.3333333781101911, 0.19999438869496597, 0.1430844244801741,
-                                      0.10713828433623444, 0.12150469058509364);
-    return R(2) * M::fma(u * v, series, u);
-  } else {
-    const auto w = e + R(1);
-    return log<M>(w) + (e - (w - R(1))) / w;
-  }
+  const auto u = e / (e + R(2)), v = u * u;  // 2 atanh(u)
+  Value<M> series;
+  if constexpr (sizeof(R) == 4)
+    series = polynomial<M>(v, 0.3333333781101911, 0.19999438869496597, 0.1430844244801741, 0.10713828433623444,
+                           0.12150469058509364);
+  else
+    series = polynomial<M>(v, 0.3333333333333332, 0.20000000000070398, 0.14285714273425126, 0.11111112130656012,
+                           0.09090862343608823, 0.07693580647039998, 0.06645331933335827, 0.06102812369845516,
+                           0.039159325412491744, 0.09043339237874821);
+  return R(2) * M::fma(u * v, series, u);
 }
 
 // log(1 + exp(x)), and its derivative.
@@ -204,7 +206,7 @@ PYPERF_HD Value<M> softplus(Value<M> x, Value<M>& sigmoid) {
   const auto e = exp<M>(-abs<M>(x)), r = R(1) / (e + R(1));
   const auto negative = M::less(x, M::of(R(0)));
   sigmoid = M::select(negative, e * r, r);
-  return max<M>(x, M::of(R(0))) + log1p_of_fraction<M>(e);
+  return M::larger(M::of(R(0)), x) + log1p_of_fraction<M>(e);
 }
 
 }  // namespace math

@@ -54,6 +54,7 @@ def pushed_forward(
 # ---- affine couplings ----
 
 ACTIVATIONS = ("none", "exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
+FLAT_SOFTPLUS = -40.0  # below, log(softplus(u)) = u in every precision
 
 
 def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
@@ -66,13 +67,39 @@ def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
         return F.logsigmoid(u + 2)
     if activation == "sigmoid_inv":
         return -F.logsigmoid(u + 2)
-    if activation == "softplus":
-        return F.softplus(u).log()
+    if activation == "softplus":  # which is exp(u), and then nothing, far below 0
+        return torch.where(u < FLAT_SOFTPLUS, u, F.softplus(u.clamp(min=FLAT_SOFTPLUS), threshold=60.0).log())
     if activation == "tanh":
         return clamp * torch.tanh(u)
     if activation == "atan":
         return clamp * 0.636 * torch.atan(u)
     return u / (1 + (u / clamp).abs())
+
+
+def affine_coupling(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    inverse: bool,
+    activation: str,
+    clamp: float,
+    shift_first: bool,
+    sample_dims: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and log |dy/dx|. x, scale (raw), shift: [...]
+
+    y = x * s + t or, with the shift first, (x + t) * s, where log s = log_scale(scale); or the inverse of that.
+    """
+    dtype = working_dtype(x, scale)
+    u, raw, t = (v.to(dtype) for v in (x, scale, shift))
+    logdet = log_scale(raw, activation, clamp)
+    if inverse:
+        logdet, t = -logdet, -t
+    y = (u + t) * logdet.exp() if shift_first != inverse else u * logdet.exp() + t
+    return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
+
+
+affine_coupling_backward = functools.partial(differentiated, affine_coupling, 3)
 
 
 # ---- the rational-quadratic spline ----

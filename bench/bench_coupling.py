@@ -1,0 +1,263 @@
+"""Cases of the family `coupling`: splines forward, inverse and with gradients, sizes, layouts, real features.
+
+`pytest bench --benchmark-only` runs the quick ones; `python bench/run.py --family coupling` makes the report.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import harness
+import pytest
+import torch
+from harness import Case, Peer, optional, pyperf_dl, tensor_bytes
+
+FAMILY = "coupling"
+BOUND = 3.0
+FEATURES = 16
+DIRECTIONS = ("forward", "inverse", "forward + backward")
+
+
+class Spec(NamedTuple):
+    """One way to call the spline: [rows, FEATURES] elements with linear tails."""
+
+    rows: int
+    bins: int
+    device: str
+    what: str = "forward"
+    dtype: torch.dtype = torch.float32  # of the parameters; x is float32 beside 16-bit ones
+    precision: str = "fast"
+    full: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return 3 * self.bins - 1
+
+    @property
+    def x_dtype(self) -> torch.dtype:
+        return self.dtype if self.dtype.itemsize >= 4 else torch.float32
+
+    @property
+    def inverse(self) -> bool:
+        return self.what == "inverse"
+
+    @property
+    def gradient(self) -> bool:
+        return self.what == "forward + backward"
+
+
+# ---- inputs ----
+
+
+def with_gradients(spec: Spec, x: torch.Tensor, params: torch.Tensor, generator: torch.Generator) -> Any:
+    """x, parameters, and for a backward the gradients of y and of the log-det."""
+    if not spec.gradient:
+        return x, params
+    how = {"generator": generator, "device": generator.device}
+    grad_y = torch.randn(x.shape, dtype=x.dtype, **how)
+    grad_logdet = torch.randn(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32), **how)
+    return x.requires_grad_(), params.requires_grad_(), grad_y, grad_logdet
+
+
+def random_elements(spec: Spec) -> Callable[[torch.Generator], Any]:
+    """Normal x, of which some lie in the tails, and normal parameters."""
+
+    def make(generator: torch.Generator) -> Any:
+        how = {"generator": generator, "device": generator.device}
+        x = 1.5 * torch.randn(spec.rows, FEATURES, dtype=spec.x_dtype, **how)
+        params = torch.randn(spec.rows, FEATURES, spec.parameters, dtype=torch.float32, **how)
+        return with_gradients(spec, x, params.to(spec.dtype), generator)
+
+    return make
+
+
+@functools.cache
+def measured_features() -> torch.Tensor:
+    """scikit-learn's breast cancer data, standardised: [569, 30]."""
+    data = torch.from_numpy(optional("sklearn.datasets").load_breast_cancer().data).float()
+    return (data - data.mean(0)) / data.std(0)
+
+
+def real_elements(spec: Spec) -> Callable[[torch.Generator], Any]:
+    """Half of the features transformed by what an untrained conditioner makes of the other half; tiled to size."""
+
+    def make(generator: torch.Generator) -> Any:
+        data = measured_features()
+        rows = data.repeat(-(-spec.rows // len(data)), 1)[: spec.rows]
+        torch.manual_seed(0)
+        conditioner = torch.nn.Sequential(
+            torch.nn.Linear(14, 64), torch.nn.ReLU(), torch.nn.Linear(64, FEATURES * spec.parameters)
+        )
+        with torch.no_grad():
+            params = conditioner(rows[:, FEATURES:]).view(spec.rows, FEATURES, spec.parameters)
+        x = rows[:, :FEATURES].contiguous().to(generator.device)
+        return with_gradients(spec, x, params.to(generator.device, spec.dtype), generator)
+
+    return make
+
+
+# ---- ours, the peers, and what is right ----
+
+
+def parts(params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    bins = (params.shape[-1] + 1) // 3
+    return params[..., :bins], params[..., bins : 2 * bins], params[..., 2 * bins :]
+
+
+def nflows(x: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    splines = optional("nflows.transforms.splines.rational_quadratic")
+    widths, heights, derivatives = parts(params)
+    y, logdet = splines.unconstrained_rational_quadratic_spline(
+        x, widths, heights, derivatives, inverse=inverse, tails="linear", tail_bound=BOUND
+    )
+    return y, logdet.sum(-1)
+
+
+def normflows(x: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    splines = optional("normflows.utils.splines")
+    widths, heights, derivatives = parts(params)
+    y, logdet = splines.unconstrained_rational_quadratic_spline(
+        x, widths, heights, derivatives, inverse=inverse, tails="linear", tail_bound=BOUND
+    )
+    return y, logdet.sum(-1)
+
+
+def zuko(x: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its own parametrisation of the same spline: as much work, other numbers."""
+    transform = optional("zuko.transforms").MonotonicRQSTransform(*parts(params), bound=BOUND)
+    y, logdet = (transform.inv if inverse else transform).call_and_ladj(x)
+    return y, logdet.sum(-1)
+
+
+PEERS = {"nflows": nflows, "normflows": normflows, "zuko": zuko}
+
+
+def ours(spec: Spec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pyperf_dl.rational_quadratic_spline_packed(
+        x,
+        params,
+        spec.bins,
+        inverse=spec.inverse,
+        tail_bound=BOUND,
+        logdet="sum",
+        precision=spec.precision,
+    )
+
+
+def run(spec: Spec, function: Callable[..., Any], inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Outputs, and gradients where the case asks for them."""
+    y, logdet = function(*inputs[:2])
+    if not spec.gradient:
+        return y, logdet
+    return y.detach(), logdet.detach(), *torch.autograd.grad((y, logdet), inputs[:2], inputs[2:])
+
+
+def check(spec: Spec) -> Callable[[Any, Any, bool], float]:
+    """Largest error against the float64 reference; of y and log-det relative to max(1, size), of gradients to their
+    largest entry."""
+
+    def error(inputs: Any, outputs: Any, whole: bool) -> float:
+        some = slice(None) if whole else slice(0, 1024)
+        wide = [t.detach()[some].double() for t in inputs]
+        wide = [t.requires_grad_() if spec.gradient and i < 2 else t for i, t in enumerate(wide)]
+        with pyperf_dl.backend("reference"):
+            wanted = run(spec, functools.partial(ours, spec), wide)
+        worst = 0.0
+        for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
+            size = want.abs().clamp(min=1) if i < 2 else want.abs().max().clamp(min=1)
+            worst = max(worst, float(((got[some].double() - want).abs() / size).max()))
+        return worst
+
+    return error
+
+
+def peer(spec: Spec, function: Callable[..., Any], compiled: bool) -> Peer:
+    """On a sixteenth of the rows where the whole would take seconds."""
+    part = 16 if spec.rows >= 65_536 and not compiled else 1
+    call = functools.partial(function, inverse=spec.inverse)
+    call = torch.compile(call, dynamic=False) if compiled else call
+
+    def prepare(inputs: Any) -> Any:
+        cut = [t.detach()[: max(1, len(t) // part)].clone().to(spec.x_dtype) for t in inputs]
+        return [t.requires_grad_() if spec.gradient and i < 2 else t for i, t in enumerate(cut)]
+
+    def agrees(inputs: Any, mine: Any, theirs: Any) -> bool:
+        tolerance = {"rtol": 2e-2, "atol": 2e-2}
+        n = len(theirs[0])
+        return torch.allclose(mine[0][:n], theirs[0].to(mine[0].dtype), **tolerance)
+
+    same = None if function is zuko else agrees
+    return Peer(lambda i: run(spec, call, i), prepare, same, scale=part, compiles=compiled)
+
+
+def peers_of(spec: Spec, compiled: bool) -> dict[str, Peer]:
+    there = {name: function for name, function in PEERS.items() if optional(name) is not None}
+    found = {name: peer(spec, function, False) for name, function in there.items()}
+    if compiled:
+        found |= {f"{name} compiled": peer(spec, f, True) for name, f in there.items() if name != "normflows"}
+    return found
+
+
+# ---- cases ----
+
+
+def moved(spec: Spec, inputs: Any, outputs: Any) -> int:
+    """x and parameters in, y and log-det out; a backward reads x and parameters again."""
+    again = tensor_bytes(inputs[:2]) if spec.gradient else 0
+    return tensor_bytes(inputs, outputs) + again
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+def spline_case(name: str, spec: Spec, make: Any = None, compiled: bool = False, peers: bool = True) -> Case:
+    return Case(
+        FAMILY,
+        "rational_quadratic_spline",
+        name,
+        spec.dtype,
+        spec.device,
+        make=(make or random_elements)(spec),
+        ours=lambda inputs: run(spec, functools.partial(ours, spec), inputs),
+        error=check(spec),
+        moved=functools.partial(moved, spec),
+        peers=peers_of(spec, compiled) if peers else {},
+        tolerance=TOLERANCE[spec.dtype],
+        params={"bins": spec.bins, "shape": [spec.rows, FEATURES], "precision": spec.precision, "what": spec.what},
+        cold=spec.rows > 1024,
+    )
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    """Everything that this family measures on a device."""
+    rows = 262_144 if device == "cuda" else 65_536
+    base = Spec(rows, 8, device, full=full)
+    found = []
+    for bins in (8, 16, 32):
+        for what in DIRECTIONS:
+            spec = base._replace(bins=bins, what=what)
+            found.append(spline_case(f"{what}, K={bins}", spec, compiled=bins == 8 or full, peers=bins == 8 or full))
+    for what in DIRECTIONS:
+        found.append(spline_case(f"{what}, exact, K=8", base._replace(what=what, precision="exact"), peers=False))
+        found.append(
+            spline_case(f"{what}, bf16 parameters, K=8", base._replace(what=what, dtype=torch.bfloat16), peers=False)
+        )
+        for few in (64, 256):
+            spec = base._replace(rows=few, what=what)
+            found.append(spline_case(f"{what}, {few * FEATURES} elements, K=8", spec, compiled=full))
+        if optional("sklearn.datasets"):
+            found.append(spline_case(f"{what}, breast cancer features, K=8", base._replace(what=what), real_elements))
+    return found
+
+
+# ---- pytest ----
+
+_DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.mark.parametrize("case", [c for d in _DEVICES for c in cases(d, False)], ids=lambda c: f"{c.device}: {c.title}")
+def test_coupling(case: Case, benchmark: Any) -> None:
+    """Right first, then timed."""
+    harness.in_pytest(case, benchmark)
