@@ -52,7 +52,7 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
   auto sum = M::of(0);
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
-    e[j] = exp<M>((e[j] - largest) * c.logit_scale);
+    e[j] = exp_of_share<M>((e[j] - largest) * c.logit_scale);
     sum = sum + e[j];
   }
   return sum;
