@@ -26,17 +26,15 @@ struct SplinePlan {
   bool samples_in_tile;  // else a unit's log-dets belong to one sample
   bool linear;           // operand k of element i is at i * stride[k], no rows
   int parameter_bytes;
-  int pitch;             // of the rows in shared memory, bytes
-  int loads, stores;     // how many of the parts below
+  int pitch;          // of the rows in shared memory, bytes
+  int loads, stores;  // how many of the parts below
   cuda::RowPart load[kRowParts], store[kRowParts];
   int exponentials, tables, sums;  // where they are in shared memory, bytes; tables: 0 if there are none
   size_t shared_bytes;
 };
 
 // Bins whose loops are unrolled, in float and with 32-bit or 16-bit parameters.
-constexpr bool bins_are_unrolled(int bins) {
-  return bins == 5 || bins == 8 || bins == 10 || bins == 16 || bins == 32;
-}
+constexpr bool bins_are_unrolled(int bins) { return bins == 5 || bins == 8 || bins == 10 || bins == 16 || bins == 32; }
 
 // operand's element i is at i * stride
 inline bool is_linear(const SplineElements& e, int operand) {
@@ -99,7 +97,8 @@ SplinePlan spline_plan(const SplineElements& e, const Spline<R>& c) {
   const bool flat = s.load[0].copy == RowCopy::flat;
   s.linear = true;
   for (int k : {int(kInput), int(kResult)}) s.linear = s.linear && is_linear(e, k);
-  for (int k = 0; k < s.loads; ++k) s.linear = s.linear && (s.load[k].copy == RowCopy::flat || is_linear(e, kWidths + k));
+  for (int k = 0; k < s.loads; ++k)
+    s.linear = s.linear && (s.load[k].copy == RowCopy::flat || is_linear(e, kWidths + k));
   if (kBackward) {
     s.stores = row_parts(e, kGradWidths, e.grads_packed, c.bins, c.derivatives(), s.pitch, s.store);
     s.linear = s.linear && is_linear(e, kGradOutput);
@@ -261,10 +260,10 @@ PYPERF_DEVICE void element_offsets(const SplineElements& e, bool linear, int64_t
 
 // Blocks that a multiprocessor is to hold: as many as registers allow without spilling.
 constexpr int spline_blocks(bool backward, int bins, size_t real_bytes) {
-  if (real_bytes == 8) return backward ? 4 : 5;
-  if (bins == 0) return backward ? 7 : 8;
-  if (bins <= 10) return backward ? 5 : 6;
-  return bins <= 16 ? 4 : backward ? 2 : 3;
+  if (bins == 0) return real_bytes == 8 ? 5 : 8;
+  if (bins <= 8) return backward ? 7 : 8;
+  if (bins <= 10) return backward ? 6 : 7;
+  return bins <= 16 ? 5 : 3;
 }
 
 template <bool kBackward, int kBins, class R, class Row>
@@ -318,9 +317,8 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBackward, kBins
       R grad_y = 0, grad_logdet = 0;
       if constexpr (kBackward) {
         grad_y = load_as<R>(e.data[kGradOutput], offsets[kGradOutput], e.type);
-        grad_logdet = e.summed
-                          ? load_as<R>(e.sample_logdet, cuda::divide(i, e.sample_size).quotient, e.logdet_type)
-                          : load_as<R>(e.data[kLogdet], offsets[kLogdet], e.logdet_type);
+        grad_logdet = e.summed ? load_as<R>(e.sample_logdet, cuda::divide(i, e.sample_size).quotient, e.logdet_type)
+                               : load_as<R>(e.data[kLogdet], offsets[kLogdet], e.logdet_type);
       }
       cuda::wait_for_copies();
       __syncthreads();
@@ -329,9 +327,10 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBackward, kBins
         const RowReader<Row> widths{row, 0}, heights{row, bins}, derivatives{row, 2 * bins};
         Exponentials<R, kBins> exponentials(s, bins);
         math::SplinePoint<M> point;
-        math::spline_locate<M, kBins>(c, x, widths, heights, derivatives, exponentials.widths(),
-                                      exponentials.heights(), point);
+        math::spline_locate<M, kBins>(c, x, widths, heights, derivatives, exponentials.widths(), exponentials.heights(),
+                                      point);
         if constexpr (kBackward) {
+          asm volatile("" ::: "memory");  // else registers keep parameters, which only one parametrization reads again
           const R grad_x = math::spline_gradients<M, kBins>(
               c, point, grad_y, grad_logdet, widths, heights, exponentials.widths(), exponentials.heights(),
               RowWriter<Row>{row, 0}, RowWriter<Row>{row, bins}, RowWriter<Row>{row, 2 * bins});
@@ -399,16 +398,20 @@ int64_t spline_workspace_bytes(const SplineElements& e, const Spline<R>& c) {
   return s.pieces > 1 ? s.units * int64_t(sizeof(double)) : 0;
 }
 
+inline cudaError_t sum_pieces(const SplineElements& e, int64_t pieces, const double* partials, cudaStream_t stream) {
+  return e.logdet_type == Storage::f64
+             ? cuda::sum_partials<double>(partials, e.samples, pieces, e.sample_logdet, stream)
+             : cuda::sum_partials<float>(partials, e.samples, pieces, e.sample_logdet, stream);
+}
+
 template <bool kBackward, class R>
 cudaError_t spline(const SplineElements& e, const Spline<R>& c, void* workspace, cudaStream_t stream) {
   double* const partials = static_cast<double*>(workspace);
-  const auto sum_pieces = [&](int64_t pieces) {
-    return e.logdet_type == Storage::f64
-               ? cuda::sum_partials<double>(partials, e.samples, pieces, e.sample_logdet, stream)
-               : cuda::sum_partials<float>(partials, e.samples, pieces, e.sample_logdet, stream);
-  };
-  const bool sums = !kBackward && e.summed;
-  if (e.count == 0) return sums ? sum_pieces(0) : cudaSuccess;
+  if (e.count == 0) {
+    if constexpr (!kBackward)
+      if (e.summed) return sum_pieces(e, 0, partials, stream);
+    return cudaSuccess;
+  }
   const SplinePlan s = spline_plan<kBackward>(e, c);
   cudaError_t error;
   if constexpr (sizeof(R) == 4) {
@@ -421,8 +424,9 @@ cudaError_t spline(const SplineElements& e, const Spline<R>& c, void* workspace,
   } else {
     error = launch_spline<kBackward, 0, R, AnyRow<R>>(e, c, s, partials, stream);
   }
-  if (error != cudaSuccess || !sums || s.pieces == 1) return error;
-  return sum_pieces(s.pieces);
+  if constexpr (!kBackward)
+    if (error == cudaSuccess && s.pieces > 1) return sum_pieces(e, s.pieces, partials, stream);
+  return error;
 }
 
 }  // namespace pyperf::coupling

@@ -112,8 +112,10 @@ PYPERF_DEVICE void move_part(const RowPart& part, unsigned char* shared, int pit
     if (part.unit == 4) return move_rows<kStore, uint32_t>(shared, pitch, global, offsets, rows, units);
     return move_rows<kStore, uint64_t>(shared, pitch, global, offsets, rows, units);
   }
-  if (part.unit == 2) return move_lanes<kStore, uint16_t>(shared, pitch, global, offsets, rows, part.count, part.stride);
-  if (part.unit == 4) return move_lanes<kStore, uint32_t>(shared, pitch, global, offsets, rows, part.count, part.stride);
+  if (part.unit == 2)
+    return move_lanes<kStore, uint16_t>(shared, pitch, global, offsets, rows, part.count, part.stride);
+  if (part.unit == 4)
+    return move_lanes<kStore, uint32_t>(shared, pitch, global, offsets, rows, part.count, part.stride);
   move_lanes<kStore, uint64_t>(shared, pitch, global, offsets, rows, part.count, part.stride);
 }
 

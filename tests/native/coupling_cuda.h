@@ -54,19 +54,32 @@ inline void require(cudaError_t error, const char* what) {
   exit(2);
 }
 
+template <class S>
+double load(const unsigned char* p) {
+  S s;
+  memcpy(&s, p, sizeof s);
+  return loaded<double>(s);
+}
 inline double load(const unsigned char* p, Storage type) {
-  double value = 0;
-  with_storage(type, [&](auto s) {
-    memcpy(&s, p, sizeof s);
-    value = loaded<double>(s);
-  });
-  return value;
+  switch (type) {
+    case Storage::f16: return load<Float16>(p);
+    case Storage::bf16: return load<BFloat16>(p);
+    case Storage::f32: return load<float>(p);
+    default: return load<double>(p);
+  }
+}
+template <class S>
+void store(unsigned char* p, double value) {
+  const S s = stored<S>(value);
+  memcpy(p, &s, sizeof s);
 }
 inline void store(unsigned char* p, Storage type, double value) {
-  with_storage(type, [&](auto s) {
-    s = stored<decltype(s)>(value);
-    memcpy(p, &s, sizeof s);
-  });
+  switch (type) {
+    case Storage::f16: return store<Float16>(p, value);
+    case Storage::bf16: return store<BFloat16>(p, value);
+    case Storage::f32: return store<float>(p, value);
+    default: store<double>(p, value);
+  }
 }
 
 // An array of one dtype between guard bytes, on the device and twice on the host: what a kernel makes of it, and what
@@ -235,9 +248,21 @@ struct Call {
   }
 };
 
+template <class R>
+struct Get {
+  const R* from;
+  PYPERF_HD R operator()(int j) const { return from[j]; }
+};
+template <class R>
+struct Put {
+  R* to;
+  PYPERF_HD void operator()(int j, R value) const { to[j] = value; }
+};
+
 // What the kernels compute, one element after the other; summed log-dets as sums of magnitudes too.
 template <bool kBackward, class R>
-void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>& sums, std::vector<double>& magnitudes) {
+void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>& sums,
+               std::vector<double>& magnitudes) {
   using M = ScalarMachine<R>;
   const int bins = c.bins, counts[] = {bins, bins, c.derivatives()};
   std::vector<R> raw(size_t(3 * bins + 1)), put(raw.size()), ew(size_t(bins) + 0), eh(ew);
@@ -251,22 +276,22 @@ void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>&
              (offsets[k] + i % e.n * e.stride[k] + j * e.parameter_stride[k]) * storage_bytes(type);
     };
     for (int k = 0, before = 0; k < 3; before += counts[k++])
-      for (int j = 0; j < counts[k]; ++j) raw[size_t(before + j)] = R(load(at(kWidths + k, j, e.parameter_type), e.parameter_type));
-    const auto w = [&](int j) { return raw[size_t(j)]; };
-    const auto h = [&](int j) { return raw[size_t(bins + j)]; };
-    const auto d = [&](int j) { return raw[size_t(2 * bins + j)]; };
+      for (int j = 0; j < counts[k]; ++j)
+        raw[size_t(before + j)] = R(load(at(kWidths + k, j, e.parameter_type), e.parameter_type));
+    const Get<R> w{raw.data()}, h{raw.data() + bins}, d{raw.data() + 2 * bins};
     math::SplinePoint<M> point;
     const R x = R(load(at(kInput, 0, e.type), e.type));
     math::spline_locate<M, 0>(c, x, w, h, d, ew.data(), eh.data(), point);
     if constexpr (kBackward) {
       const R grad_y = R(load(at(kGradOutput, 0, e.type), e.type));
       const R grad_logdet =
-          R(e.summed ? load(static_cast<unsigned char*>(e.sample_logdet) + i / e.sample_size * storage_bytes(e.logdet_type),
-                            e.logdet_type)
-                     : load(at(kLogdet, 0, e.logdet_type), e.logdet_type));
-      const R grad_x = math::spline_gradients<M, 0>(
-          c, point, grad_y, grad_logdet, w, h, ew.data(), eh.data(), [&](int j, R g) { put[size_t(j)] = g; },
-          [&](int j, R g) { put[size_t(bins + j)] = g; }, [&](int j, R g) { put[size_t(2 * bins + j)] = g; });
+          R(e.summed
+                ? load(static_cast<unsigned char*>(e.sample_logdet) + i / e.sample_size * storage_bytes(e.logdet_type),
+                       e.logdet_type)
+                : load(at(kLogdet, 0, e.logdet_type), e.logdet_type));
+      const R grad_x =
+          math::spline_gradients<M, 0>(c, point, grad_y, grad_logdet, w, h, ew.data(), eh.data(), Put<R>{put.data()},
+                                       Put<R>{put.data() + bins}, Put<R>{put.data() + 2 * bins});
       store(at(kResult, 0, e.type), e.type, double(grad_x));
       for (int k = 0, before = 0; k < 3; before += counts[k++])
         for (int j = 0; j < counts[k]; ++j)
@@ -358,7 +383,8 @@ void check(const Problem& p, const Spline<R>& c) {
   call.add_scalars(p, kResult, p.type);
   if (!kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
   if (!kBackward && p.sample_dims >= 0) call.sample_logdet = call.add(logdet_type, samples);
-  if (kBackward) call.add_parameters(p, kGradWidths, p.gradient_form, p.packed ? uniform(0, 3) : !uniform(0, 3), counts);
+  if (kBackward)
+    call.add_parameters(p, kGradWidths, p.gradient_form, p.packed ? uniform(0, 3) : !uniform(0, 3), counts);
   call.walk(p);
   call.e.packed = p.packed;
   if (kBackward) {
@@ -389,7 +415,8 @@ void check(const Problem& p, const Spline<R>& c) {
   report(ok, what);
   if (!kBackward && e.summed) check_sums(call, sums, magnitudes, what + ": sums");
 #if !defined(__CUDACC__)
-  for (size_t a = inputs; a < call.arrays.size(); ++a) std::fill(call.arrays[a]->got.begin(), call.arrays[a]->got.end(), 0xcd);
+  for (size_t a = inputs; a < call.arrays.size(); ++a)
+    std::fill(call.arrays[a]->got.begin(), call.arrays[a]->got.end(), 0xcd);
   check_cpu<kBackward>(call, c, what);
 #else
   (void)inputs;
