@@ -35,26 +35,24 @@ PYPERF_HD Value<M> soft_clipped(Value<M> u, typename M::R inverse_bend, Value<M>
   return u * a;
 }
 
-template <class M>
-PYPERF_HD Value<M> spline_logit(const coupling::Spline<typename M::R>& c, Value<M> raw) {
-  Value<M> derivative;
-  return c.exponential ? soft_clipped<M>(raw, c.inverse_curve * typename M::R(2), derivative) : raw;
-}
-
 // e[j] = exp(logit j - the largest logit); returns their sum.
 template <class M, int kBins, class Raw>
 PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
   const int bins = kBins ? kBins : c.bins;
-  auto largest = e[0] = spline_logit<M>(c, raw(0));
 #pragma unroll
-  for (int j = 1; j < bins; ++j) {
-    e[j] = spline_logit<M>(c, raw(j));
-    largest = M::larger(largest, e[j]);
+  for (int j = 0; j < bins; ++j) e[j] = raw(j);
+  if (c.exponential) {
+    Value<M> derivative;
+#pragma unroll
+    for (int j = 0; j < bins; ++j) e[j] = soft_clipped<M>(e[j], c.inverse_curve * typename M::R(2), derivative);
   }
+  auto largest = e[0];
+#pragma unroll
+  for (int j = 1; j < bins; ++j) largest = M::larger(largest, e[j]);
   auto sum = M::of(0);
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
-    e[j] = exp<M>((e[j] - largest) * c.logit_scale);
+    e[j] = exp_of_share<M>((e[j] - largest) * c.logit_scale);
     sum = sum + e[j];
   }
   return sum;
@@ -122,10 +120,17 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     p.width.own = M::select(reached, ew[j], p.width.own);
     p.height.own = M::select(reached, eh[j], p.height.own);
     p.k = M::select(reached, number, p.k);
-    const auto left = next;
-    next = knot(first_knot + j + 1);
-    raw0 = M::select(reached, left, raw0);
-    raw1 = M::select(reached, next, raw1);
+    if constexpr (M::kLanes > 1) {
+      const auto left = next;
+      next = knot(first_knot + j + 1);
+      raw0 = M::select(reached, left, raw0);
+      raw1 = M::select(reached, next, raw1);
+    }
+  }
+  if constexpr (M::kLanes == 1) {
+    const int k = int(p.k);
+    raw0 = knot(first_knot + k);
+    raw1 = knot(first_knot + k + 1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
   p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.k, M::of(c.least_width), M::of(c.left)));
@@ -251,16 +256,18 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
     const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
-    auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
-    auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
+    const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
+    const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
     if (c.exponential) {
       Value<M> w_clip, h_clip;
       soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
       soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
-      gw = gw * w_clip, ge = ge * h_clip;
+      put_w(j, gw * w_clip);
+      put_h(j, ge * h_clip);
+    } else {
+      put_w(j, gw);
+      put_h(j, ge);
     }
-    put_w(j, gw);
-    put_h(j, ge);
     number = number + one;
   }
   const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
@@ -268,14 +275,23 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   auto right = left + R(1);
   if (c.tails == Tails::circular) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
   const int most = kBins ? kBins + 1 : count;
-  number = zero;
+  if constexpr (M::kLanes == 1) {
 #pragma unroll
-  for (int j = 0; j < most; ++j) {
-    if (kBins && j >= count) break;
-    const auto is_left = M::at_least(left, number) & M::at_least(number, left);
-    const auto is_right = M::at_least(right, number) & M::at_least(number, right);
-    put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
-    number = number + one;
+    for (int j = 0; j < most; ++j)
+      if (j < count) put_d(j, zero);
+    const int l = int(left), r = int(right);
+    if (l >= 0 && l < count) put_d(l, by_d0 + (l == r ? by_d1 : zero));
+    if (l != r && r < count) put_d(r, by_d1 + zero);
+  } else {
+    number = zero;
+#pragma unroll
+    for (int j = 0; j < most; ++j) {
+      if (kBins && j >= count) break;
+      const auto is_left = M::at_least(left, number) & M::at_least(number, left);
+      const auto is_right = M::at_least(right, number) & M::at_least(number, right);
+      put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
+      number = number + one;
+    }
   }
   return grad_in;
 }

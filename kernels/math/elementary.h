@@ -22,7 +22,7 @@ struct FloatFormat<float> {
   static constexpr float kRound = 12582912.0f;          // 1.5 * 2^23: adding it rounds to whole numbers
   static constexpr float kLog2High = 0.693359375f;      // n * this is exact for the exponents n
   static constexpr float kLog2Low = -2.12194440e-4f;
-  static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f;
+  static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f, kExpLowestNormal = -87.0f;
   static constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
   static constexpr float kSubnormalScale = 16777216.0f;  // 2^24
   static constexpr int kSubnormalExponent = 24;
@@ -34,7 +34,7 @@ struct FloatFormat<double> {
   static constexpr double kRound = 6755399441055744.0;
   static constexpr double kLog2High = 6.93147180369123816490e-01;
   static constexpr double kLog2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpLowest = -746.0, kExpHighest = 710.0;
+  static constexpr double kExpLowest = -746.0, kExpHighest = 710.0, kExpLowestNormal = -708.0;
   static constexpr double kSmallestNormal = 2.2250738585072014e-308, kLargest = 1.7976931348623157e308;
   static constexpr double kSubnormalScale = 18014398509481984.0;  // 2^54
   static constexpr int kSubnormalExponent = 54;
@@ -122,12 +122,14 @@ PYPERF_HD Value<M> scaled_in_steps(Value<M> v, Value<M> n) {
   return v * M::from_bits((rest + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
-// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500.
+// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500. n is in
+// the low bits of `rounding` too.
 template <class M>
-PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n, Value<M>& rounding) {
   using R = typename M::R;
   using F = FloatFormat<R>;
-  n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
+  rounding = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound));
+  n = rounding - F::kRound;
   auto r = M::fma(n, M::of(-F::kLog2High), x);
   r = M::fma(n, M::of(-F::kLog2Low), r);
   Value<M> p;
@@ -140,11 +142,26 @@ PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
 }
 
 template <class M>
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
+  Value<M> rounding;
+  return exp_parts<M>(x, n, rounding);
+}
+
+template <class M>
 PYPERF_HD Value<M> exp(Value<M> x) {
   using F = FloatFormat<typename M::R>;
   Value<M> n;
   const auto f = exp_parts<M>(clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest)), n);
   return M::scaled(f + typename M::R(1), n);
+}
+
+// exp(x) for x <= 0 in a sum whose largest term is 1: exact down to -87 (double: -708), constant below. Half the work.
+template <class M>
+PYPERF_HD Value<M> exp_of_share(Value<M> x) {
+  using F = FloatFormat<typename M::R>;
+  Value<M> n, rounding;
+  const auto f = exp_parts<M>(M::larger(M::of(F::kExpLowestNormal), x), n, rounding);
+  return (f + typename M::R(1)) * M::from_bits((M::bits(rounding) + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
 template <class M>
