@@ -134,7 +134,7 @@ _packed, _packed_backward = _operators("rational_quadratic_spline_packed", 2)
 def _number(op: str, name: str, value: Any) -> float:
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {_checks.described(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
 
@@ -173,7 +173,7 @@ class _How(NamedTuple):
 _DERIVATIVES = {"linear": "K - 1", "circular": "K", "bounded": "K + 1"}
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)  # True is not 1 here
 def _planned(
     op: str,
     bins: int,

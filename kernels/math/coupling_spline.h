@@ -159,7 +159,8 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     const auto swap = M::less(b, zero);
     const auto za = M::select(swap, p.phi, p.theta), zb = M::select(swap, p.theta, p.phi), q = p.s - r;
     const auto root = M::sqrt(M::fma(q, q, p.s * zb * r * R(4)));
-    const auto v = M::smaller(one, p.s * za * R(2) / (p.s + r + root));
+    auto v = p.s * za * R(2) / (p.s + r + root);
+    v = M::select(M::less(one, v) | M::at_least(zero, zb), one, v);  // a bin's ends exactly; NaN stays
     p.theta = M::select(swap, one - v, v);
     p.phi = M::select(swap, v, one - v);
   }
@@ -234,14 +235,16 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
                            gl * R(2) * (p.w / p.h + q * per_above - (theta2 + phi2) * per_below));
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
-  if (bounded) {
-    const auto beyond = M::select(p.inside, zero, gy * p.excess);
+  by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
+  if (bounded) {  // held within the numbers, so that a slope which does not bend gets 0 however far x is
+    const auto most = M::of(FloatFormat<R>::kLargest);
+    const auto excess = clamp<M>(p.excess, -most, most);
+    const auto beyond = M::select(p.inside, zero, excess * M::select(p.high, p.bend1, p.bend0) * gy);
     by_d0 = by_d0 + M::select(p.high, zero, beyond);
     by_d1 = by_d1 + M::select(p.high, beyond, zero);
   } else {
     by_d0 = M::select(p.inside, by_d0, zero), by_d1 = M::select(p.inside, by_d1, zero);
   }
-  by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
   const auto w_edge = -by_theta * per_w, w_own = -(by_theta * p.theta + by_s * p.s) * per_w;

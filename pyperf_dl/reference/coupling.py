@@ -133,6 +133,11 @@ def knot_slopes(raw: torch.Tensor, tails: str, parametrization: str, smallest: f
     return torch.cat([slopes, slopes[..., :1]], -1) if tails == "circular" else slopes
 
 
+def held_within(v: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """v, which leaves [low, high] by rounding only: unlike those of clamp, its derivatives stay."""
+    return v + (v.clamp(low, high) - v).detach()
+
+
 def rational_quadratic_spline(
     x: torch.Tensor,
     widths: torch.Tensor,
@@ -171,23 +176,23 @@ def rational_quadratic_spline(
     s = h / w
 
     if inverse:  # the root of a quadratic whose terms are all >= 0
-        z = ((at - yk) / h).clamp(0, 1)
+        z = held_within((at - yk) / h, 0, 1)
         b = (d0 - s) * (1 - z) - (d1 - s) * z
         swap, r = b < 0, b.abs()
         za = torch.where(swap, 1 - z, z)
-        v = (2 * s * za / (s + r + ((s - r) ** 2 + 4 * s * (1 - za) * r).sqrt())).clamp(max=1)
+        v = held_within(2 * s * za / (s + r + ((s - r) ** 2 + 4 * s * (1 - za) * r).sqrt()), 0, 1)
         theta = torch.where(swap, 1 - v, v)
     else:
-        theta = ((at - xk) / w).clamp(0, 1)
+        theta = held_within((at - xk) / w, 0, 1)
     phi = 1 - theta
     q = theta * phi
     below = s * (theta**2 + phi**2) + (d0 + d1) * q
     above = d1 * theta**2 + 2 * s * q + d0 * phi**2
     logdet = (s / below * above * (s / below)).log()
     if inverse:
-        y, logdet = (xk + w * theta).clamp(left, right), -logdet
+        y, logdet = held_within(xk + w * theta, left, right), -logdet
     else:
-        y = (yk + h * (s * theta**2 + d0 * q) / below).clamp(bottom, top)
+        y = held_within(yk + h * (s * theta**2 + d0 * q) / below, bottom, top)
 
     if tails == "bounded":  # the line through the corner, with the slope there
         edge = torch.where(u < low, slope[..., 0], slope[..., -1])
