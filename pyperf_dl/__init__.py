@@ -2,8 +2,10 @@
 
 from ._autograd import decompositions
 from ._backend import backend
+from .coupling import *  # noqa: F403
+from .coupling import __all__ as _coupling
 from .sliding_window import *  # noqa: F403
 from .sliding_window import __all__ as _sliding_window
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "decompositions", *_sliding_window]
+__all__ = ["__version__", "backend", "decompositions", *_coupling, *_sliding_window]

@@ -1,0 +1,217 @@
+"""What `pyperf_dl.coupling` computes, in PyTorch operators; arguments as in csrc/coupling.cpp.
+
+Every function is differentiable as often as wanted and runs in the precision of its inputs, float64 included; 16-bit
+inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# ---- what all couplings share ----
+
+
+def working_dtype(*tensors: torch.Tensor, exact: bool = False) -> torch.dtype:
+    """The dtype of the arithmetic: float32, or float64 where that is asked for or an input has it."""
+    wide = exact or any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def logdet_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def summed(logdet: torch.Tensor, sample_dims: int, dtype: torch.dtype) -> torch.Tensor:
+    """Over all dimensions but the first `sample_dims`; as it is where that is -1."""
+    if sample_dims >= 0:
+        logdet = logdet.sum(tuple(range(sample_dims, logdet.dim()))) if logdet.dim() > sample_dims else logdet
+    return logdet.to(dtype)
+
+
+def differentiated(forward: Callable[..., Any], tensors: int, *args: Any) -> tuple[torch.Tensor, ...]:
+    """A backward operator out of its forward: args are grad_y, grad_logdet, then those of the forward."""
+    grads, inputs, statics = args[:2], args[2 : 2 + tensors], args[2 + tensors :]
+    with torch.enable_grad():
+        twice = any(t.requires_grad for t in args[: 2 + tensors])
+        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        out = forward(*leaves, *statics)
+        found = torch.autograd.grad(out, leaves, grads, create_graph=twice, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True))
+
+
+# ---- affine couplings ----
+
+ACTIVATIONS = ("none", "exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
+
+
+def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
+    """The logarithm of the scale that a raw parameter stands for. `clamp` bounds |log scale| where it is not 0."""
+    if activation == "none":
+        return torch.zeros_like(u)
+    if activation == "exp":
+        return u.clamp(-clamp, clamp) if clamp else u
+    if activation == "sigmoid":
+        return F.logsigmoid(u + 2)
+    if activation == "sigmoid_inv":
+        return -F.logsigmoid(u + 2)
+    if activation == "softplus":
+        return F.softplus(u).log()
+    if activation == "tanh":
+        return clamp * torch.tanh(u)
+    if activation == "atan":
+        return clamp * 0.636 * torch.atan(u)
+    return u / (1 + (u / clamp).abs())
+
+
+# ---- the rational-quadratic spline ----
+
+TAILS = ("linear", "circular", "bounded")
+PARAMETRIZATIONS = ("nflows", "zuko")
+LARGEST_SLOPE = {torch.float32: 1e30, torch.float64: 1e300}  # squares of it need not fit, sums do
+
+
+def derivative_count(bins: int, tails: str) -> int:
+    return bins + {"linear": -1, "circular": 0, "bounded": 1}[tails]
+
+
+def bin_edges(logits: torch.Tensor, low: float, high: float, smallest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left edge and size of every bin. logits: [..., K]"""
+    bins = logits.shape[-1]
+    size = (high - low) * (smallest + (1 - smallest * bins) * logits.softmax(-1))
+    before = F.pad(size.cumsum(-1), (1, -1))
+    return low + before, size
+
+
+def knot_slopes(raw: torch.Tensor, tails: str, parametrization: str, smallest: float, curve: float) -> torch.Tensor:
+    """The derivative at each of the K + 1 knots. raw: [..., K - 1], [..., K] or [..., K + 1]"""
+    if parametrization == "zuko":
+        slopes = (raw / (1 + (raw / curve).abs())).exp()
+    else:
+        slopes = smallest + F.softplus(raw * curve, threshold=60.0) / curve
+    slopes = slopes.clamp(max=LARGEST_SLOPE[raw.dtype])
+    if tails == "linear":
+        return F.pad(slopes, (1, 1), value=1.0)
+    return torch.cat([slopes, slopes[..., :1]], -1) if tails == "circular" else slopes
+
+
+def rational_quadratic_spline(
+    x: torch.Tensor,
+    widths: torch.Tensor,
+    heights: torch.Tensor,
+    derivatives: torch.Tensor,
+    inverse: bool,
+    tails: str,
+    parametrization: str,
+    box: Sequence[float],
+    smallest: Sequence[float],
+    logit_scale: float,
+    curve: float,
+    sample_dims: int,
+    exact: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and log |dy/dx|. x: [...], widths and heights: [..., K], derivatives: [..., K - 1 | K | K + 1].
+
+    box: left, right, bottom, top. smallest: bin width, bin height, derivative. curve: the sharpness of the softplus
+    (nflows), or -log of the smallest slope (zuko).
+    """
+    dtype = working_dtype(x, widths, exact=exact)
+    u, raw_w, raw_h, raw_d = (t.to(dtype) for t in (x, widths, heights, derivatives))
+    if parametrization == "zuko":
+        raw_w, raw_h = (t / (1 + (2 * t / curve).abs()) for t in (raw_w, raw_h))
+    left, right, bottom, top = box
+    x_edge, width = bin_edges(raw_w * logit_scale, left, right, smallest[0])
+    y_edge, height = bin_edges(raw_h * logit_scale, bottom, top, smallest[1])
+    slope = knot_slopes(raw_d, tails, parametrization, smallest[2], curve)
+
+    low, high = (bottom, top) if inverse else (left, right)
+    inside = (u >= low) & (u <= high)
+    at = torch.where(u.isnan(), low, u).clamp(low, high)
+    k = (at.unsqueeze(-1) >= (y_edge if inverse else x_edge)[..., 1:]).sum(-1, keepdim=True)
+    xk, w, yk, h, d0 = (t.gather(-1, k).squeeze(-1) for t in (x_edge, width, y_edge, height, slope))
+    d1 = slope.gather(-1, k + 1).squeeze(-1)
+    s = h / w
+
+    if inverse:  # the root of a quadratic whose terms are all >= 0
+        z = ((at - yk) / h).clamp(0, 1)
+        b = (d0 - s) * (1 - z) - (d1 - s) * z
+        swap, r = b < 0, b.abs()
+        za = torch.where(swap, 1 - z, z)
+        v = (2 * s * za / (s + r + ((s - r) ** 2 + 4 * s * (1 - za) * r).sqrt())).clamp(max=1)
+        theta = torch.where(swap, 1 - v, v)
+    else:
+        theta = ((at - xk) / w).clamp(0, 1)
+    phi = 1 - theta
+    q = theta * phi
+    below = s * (theta**2 + phi**2) + (d0 + d1) * q
+    above = d1 * theta**2 + 2 * s * q + d0 * phi**2
+    logdet = (s / below * above * (s / below)).log()
+    if inverse:
+        y, logdet = (xk + w * theta).clamp(left, right), -logdet
+    else:
+        y = (yk + h * (s * theta**2 + d0 * q) / below).clamp(bottom, top)
+
+    if tails == "bounded":  # the line through the corner, with the slope there
+        edge = torch.where(u < low, slope[..., 0], slope[..., -1])
+        beyond = torch.where(inside, 0.0, u - at)
+        y = y + (beyond / edge if inverse else beyond * edge)
+        y = torch.where(u.isnan(), u, y)
+    else:
+        y = torch.where(inside, y, u)
+        logdet = torch.where(inside, logdet, 0.0)
+    return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
+
+
+def rational_quadratic_spline_packed(
+    x: torch.Tensor, params: torch.Tensor, bins: int, *how: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with widths, heights and derivatives in one tensor, [..., P]."""
+    sizes = (bins, bins, params.shape[-1] - 2 * bins)
+    return rational_quadratic_spline(x, *params.split(sizes, -1), *how)
+
+
+rational_quadratic_spline_backward = functools.partial(differentiated, rational_quadratic_spline, 4)
+rational_quadratic_spline_packed_backward = functools.partial(differentiated, rational_quadratic_spline_packed, 2)
+
+
+# ---- layers along the channels (dim 1) ----
+
+
+def actnorm(
+    x: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x * exp(log_scale) + bias, and the log-det of each sample. x: [B, C, ...], log_scale, bias: [C]"""
+    dtype = working_dtype(x)
+    channel = (-1, *[1] * (x.dim() - 2))
+    a, b, u = log_scale.to(dtype).view(channel), bias.to(dtype).view(channel), x.to(dtype)
+    y = (u - b) * (-a).exp() if inverse else u * a.exp() + b
+    logdet = (-a if inverse else a).expand(x.shape)
+    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))
+
+
+def invertible_conv1x1(
+    x: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    log_diagonal: torch.Tensor,
+    permutation: torch.Tensor,
+    sign: torch.Tensor,
+    inverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = W x at every position, W = (L U)[permutation], and the log-det of each sample. x: [B, C, ...]
+
+    L: unit lower triangle from `lower`; U: upper triangle from `upper`, with sign * exp(log_diagonal) on the diagonal.
+    """
+    left = lower.double().tril(-1) + torch.eye(len(lower), dtype=torch.float64, device=x.device)
+    right = upper.double().triu(1) + torch.diag(sign * log_diagonal.double().exp())
+    weight = (left @ right)[permutation]
+    weight = torch.linalg.inv(weight) if inverse else weight
+    y = torch.einsum("oc,bc...->bo...", weight, x.double())
+    logdet = (-log_diagonal if inverse else log_diagonal).view(-1, *[1] * (x.dim() - 2)).expand(x.shape)
+    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))
