@@ -23,8 +23,8 @@ from .reference import coupling as reference
 
 SAVE = ("x", "recompute_params", "nothing")
 LAYOUTS = ("halves", "interleaved")
-# y is known to half an ulp of the box. Where no slope, or product of slopes, is below these, an x that is rebuilt from
-# it is known to 2**-14 of the box.
+# y is known to half an ulp of the box. Where no slope, or product of the slopes of several layers, is below these, an x
+# that is rebuilt from it is known to 2**-14 of the box.
 SMALLEST_SLOPE = {torch.float32: 2.0**-10, torch.float64: 2.0**-39}
 LARGEST_CLAMP = 10 * math.log(2)  # the same bound for affine layers in float32
 
@@ -69,7 +69,7 @@ class _Layer(torch.nn.Module):
     def _transform(
         self, x: torch.Tensor, call: _Call, guarded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """y, its log-det, and if `guarded` the smallest log-slope of a layer that it matters for."""
+        """y, its log-det, and if `guarded` and it matters the smallest log-slope of each sample, [B]."""
         raise RuntimeError(f"{type(self).__name__}: a layer needs a _transform")
 
     def _back(
@@ -230,13 +230,14 @@ class _Rebuilt(torch.autograd.Function):
 def _guard(run: _Run, least: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises where x could not be rebuilt. Reads one number back from the device."""
     smallest = SMALLEST_SLOPE[dtype]
+    least = least.amin()
     if bool(least < math.log(smallest)):
         name = type(run.layers[0]).__name__
         splines = sum(isinstance(layer, SplineCoupling) for layer in run.layers)
         raise RuntimeError(
-            f"{name}: save='nothing' rebuilds x from y, and each spline divides the error of y by its slope; "
-            f"the smallest slope of the spline layers in the run ({splines}), multiplied, must be >= {smallest:.1e} "
-            f"in {dtype}, got {math.exp(float(least)):.1e}; save='recompute_params' has no such bound"
+            f"{name}: save='nothing' rebuilds x from y, and each spline divides the error of y by its slope; for every "
+            f"sample the smallest slopes of the spline layers in the run ({splines}), multiplied, must be >= "
+            f"{smallest:.1e} in {dtype}, got {math.exp(float(least)):.1e}; save='recompute_params' has no such bound"
         )
 
 
@@ -251,9 +252,7 @@ def _same_parameters(run: _Run, versions: Sequence[int]) -> None:
         )
 
 
-def _gradients(
-    out: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
-) -> list[Any]:
+def _gradients(out: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[Any]:
     """torch.autograd.grad; the first input has zeros where nothing depends on it, the others None."""
     pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
     outputs, weights = zip(*pairs, strict=True)
@@ -410,7 +409,7 @@ class _Coupling(_Layer):
         y, logdet = self._function(part, params, inverse, "elementwise")
         if mask is not None:
             y, logdet = torch.where(mask, y, part), torch.where(mask, logdet, 0.0)
-        return y, logdet.flatten(1).sum(1), logdet.amin() if guarded else None
+        return y, logdet.flatten(1).sum(1), logdet.flatten(1).amin(1) if guarded else None
 
     def _transform(
         self, x: torch.Tensor, call: _Call, guarded: bool = False
@@ -584,7 +583,7 @@ class AffineCoupling(_Coupling):
 
 
 class SplineCoupling(_Coupling):
-    """Spline coupling: a monotone rational-quadratic spline of each transformed channel, from a conditioner of the others.
+    """Spline coupling: monotone rational-quadratic splines of a part of the channels, from a conditioner of the others.
 
     Args:
         conditioner: any module that maps the untouched part [B, C', ...] (and the context, if there is one) to the

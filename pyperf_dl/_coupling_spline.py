@@ -25,7 +25,8 @@ class _Saving(torch.autograd.Function):
             leaves = [t.view_as(t) if twice and t.requires_grad else t.detach().requires_grad_() for t in tensors]
             out = ctx.function(*leaves)
             pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
-            found = torch.autograd.grad(tuple(zip(*pairs))[0], leaves, tuple(zip(*pairs))[1], allow_unused=True, create_graph=twice)
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, create_graph=twice)
         return (None, *(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)))
 
 
@@ -83,5 +84,5 @@ def rational_quadratic_spline_packed(
 
 def rational_quadratic_spline(x, widths, heights, derivatives, **how):
     """Stand-in."""
-    params = torch.cat(torch.broadcast_tensors(widths, heights)[:2] + (derivatives,), -1)
+    params = torch.cat([widths, heights, derivatives], -1)
     return rational_quadratic_spline_packed(x, params, widths.shape[-1], **how)
