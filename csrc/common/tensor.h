@@ -50,6 +50,18 @@ inline std::vector<int64_t> physical_layout(const Tensor& x) {
   return layout;
 }
 
+// The same for a new tensor of the shape of `x` where x need not be dense: half of a channels_last tensor keeps its order
+// too. Expanded tensors get the logical one.
+inline std::vector<int64_t> preserved_layout(const Tensor& x) {
+  std::vector<int64_t> layout(x.dim());
+  std::iota(layout.begin(), layout.end(), int64_t(0));
+  bool expanded = false;
+  for (int64_t d = 0; d < x.dim(); ++d) expanded |= x.stride(d) == 0 && x.size(d) != 1;
+  if (x.is_contiguous() || expanded) return layout;
+  std::stable_sort(layout.begin(), layout.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  return layout;
+}
+
 // An uninitialised tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& layout,
                     ScalarType dtype) {
@@ -123,6 +135,69 @@ struct RowsAlong {
       for (int n = 0; n < N; ++n) rows.stride[n][d] = merged[d].stride[n];
     }
   }
+};
+
+// Every element of N operands of one shape, as rows of `n` elements along which each operand has one stride.
+// Dimensions are merged where all operands allow it, across the border between samples and their elements too, so
+// elements count from 0 to rows.count * n, and `sample_size` of them in a row belong to one sample.
+//
+// The first `sample_dims` dimensions index samples, in logical order. The others are walked as the last operand lies in
+// memory, which is the logical order where that one is contiguous. What does not fit kMaxRowDims is reported as
+// `fits == false`, and the caller copies.
+template <int N>
+struct ElementRuns {
+  StridedRows<N> rows{};  // operand n of element e: rows.offsets(e / n)[n] + e % n * stride[n]
+  int64_t n = 1;
+  std::array<int64_t, N> stride{};
+  int64_t samples = 1, sample_size = 1;
+  bool fits = true;
+
+  // strides[n]: of operand n, `dims` of them.
+  ElementRuns(const int64_t* sizes, int64_t dims, const std::array<const int64_t*, N>& strides, int64_t sample_dims) {
+    struct Dim {
+      int64_t size;
+      std::array<int64_t, N> stride;
+    };
+    std::vector<Dim> kept;
+    size_t of_samples = 0;
+    for (int64_t d = 0; d < dims; ++d) {
+      (d < sample_dims ? samples : sample_size) *= sizes[d];
+      if (sizes[d] == 1) continue;
+      Dim dim{sizes[d], {}};
+      for (int k = 0; k < N; ++k) dim.stride[k] = strides[k][d];
+      kept.push_back(dim);
+      of_samples += d < sample_dims;
+    }
+    std::stable_sort(kept.begin() + of_samples, kept.end(),
+                     [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
+    std::vector<Dim> merged;
+    for (const Dim& dim : kept) {
+      bool joins = !merged.empty();
+      for (int k = 0; k < N && joins; ++k) joins = merged.back().stride[k] == dim.stride[k] * dim.size;
+      if (joins) {
+        merged.back().size *= dim.size;
+        merged.back().stride = dim.stride;
+      } else {
+        merged.push_back(dim);
+      }
+    }
+    if (!merged.empty()) {
+      n = merged.back().size;
+      stride = merged.back().stride;
+      merged.pop_back();
+    }
+    rows.count = 1;
+    for (const Dim& dim : merged) rows.count *= dim.size;
+    fits = merged.size() <= size_t(kMaxRowDims);
+    if (!fits) return;
+    rows.dims = int(merged.size());
+    for (int d = 0; d < rows.dims; ++d) {
+      rows.size[d] = merged[d].size;
+      for (int k = 0; k < N; ++k) rows.stride[k][d] = merged[d].stride[k];
+    }
+  }
+
+  int64_t elements() const { return rows.count * n; }
 };
 
 // The threads of torch, with scratch memory for each: parallel(count, grain, scratch_bytes, body(first, last,

@@ -38,17 +38,23 @@ def summed(logdet: torch.Tensor, sample_dims: int, dtype: torch.dtype) -> torch.
 def differentiated(forward: Callable[..., Any], tensors: int, *args: Any) -> tuple[torch.Tensor, ...]:
     """A backward operator out of its forward: args are grad_y, grad_logdet, then those of the forward."""
     grads, inputs, statics = args[:2], args[2 : 2 + tensors], args[2 + tensors :]
-    with torch.enable_grad():
-        twice = any(t.requires_grad for t in args[: 2 + tensors])
-        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        out = forward(*leaves, *statics)
-        found = torch.autograd.grad(out, leaves, grads, create_graph=twice, allow_unused=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True))
+    return torch.func.vjp(lambda *t: forward(*t, *statics), *inputs)[1](grads)
+
+
+def pushed_forward(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Tangents of the outputs, as the transpose of the transpose: that nests in forward AD of every kind."""
+    tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
+    outputs, pull = torch.func.vjp(function, *inputs)
+    back = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1]
+    return back(tuple(tangents))[0]
 
 
 # ---- affine couplings ----
 
 ACTIVATIONS = ("none", "exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
+FLAT_SOFTPLUS = -40.0  # below, log(softplus(u)) = u in every precision
 
 
 def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
@@ -61,13 +67,39 @@ def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
         return F.logsigmoid(u + 2)
     if activation == "sigmoid_inv":
         return -F.logsigmoid(u + 2)
-    if activation == "softplus":
-        return F.softplus(u).log()
+    if activation == "softplus":  # which is exp(u), and then nothing, far below 0
+        return torch.where(u < FLAT_SOFTPLUS, u, F.softplus(u.clamp(min=FLAT_SOFTPLUS), threshold=60.0).log())
     if activation == "tanh":
         return clamp * torch.tanh(u)
     if activation == "atan":
         return clamp * 0.636 * torch.atan(u)
     return u / (1 + (u / clamp).abs())
+
+
+def affine_coupling(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    inverse: bool,
+    activation: str,
+    clamp: float,
+    shift_first: bool,
+    sample_dims: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and log |dy/dx|. x, scale (raw), shift: [...]
+
+    y = x * s + t or, with the shift first, (x + t) * s, where log s = log_scale(scale); or the inverse of that.
+    """
+    dtype = working_dtype(x, scale)
+    u, raw, t = (v.to(dtype) for v in (x, scale, shift))
+    logdet = log_scale(raw, activation, clamp)
+    if inverse:
+        logdet, t = -logdet, -t
+    y = (u + t) * logdet.exp() if shift_first != inverse else u * logdet.exp() + t
+    return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
+
+
+affine_coupling_backward = functools.partial(differentiated, affine_coupling, 3)
 
 
 # ---- the rational-quadratic spline ----
@@ -178,40 +210,3 @@ def rational_quadratic_spline_packed(
 
 rational_quadratic_spline_backward = functools.partial(differentiated, rational_quadratic_spline, 4)
 rational_quadratic_spline_packed_backward = functools.partial(differentiated, rational_quadratic_spline_packed, 2)
-
-
-# ---- layers along the channels (dim 1) ----
-
-
-def actnorm(
-    x: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor, inverse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x * exp(log_scale) + bias, and the log-det of each sample. x: [B, C, ...], log_scale, bias: [C]"""
-    dtype = working_dtype(x)
-    channel = (-1, *[1] * (x.dim() - 2))
-    a, b, u = log_scale.to(dtype).view(channel), bias.to(dtype).view(channel), x.to(dtype)
-    y = (u - b) * (-a).exp() if inverse else u * a.exp() + b
-    logdet = (-a if inverse else a).expand(x.shape)
-    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))
-
-
-def invertible_conv1x1(
-    x: torch.Tensor,
-    lower: torch.Tensor,
-    upper: torch.Tensor,
-    log_diagonal: torch.Tensor,
-    permutation: torch.Tensor,
-    sign: torch.Tensor,
-    inverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = W x at every position, W = (L U)[permutation], and the log-det of each sample. x: [B, C, ...]
-
-    L: unit lower triangle from `lower`; U: upper triangle from `upper`, with sign * exp(log_diagonal) on the diagonal.
-    """
-    left = lower.double().tril(-1) + torch.eye(len(lower), dtype=torch.float64, device=x.device)
-    right = upper.double().triu(1) + torch.diag(sign * log_diagonal.double().exp())
-    weight = (left @ right)[permutation]
-    weight = torch.linalg.inv(weight) if inverse else weight
-    y = torch.einsum("oc,bc...->bo...", weight, x.double())
-    logdet = (-log_diagonal if inverse else log_diagonal).view(-1, *[1] * (x.dim() - 2)).expand(x.shape)
-    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))

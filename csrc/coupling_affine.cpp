@@ -1,0 +1,46 @@
+// The schemas of affine couplings and their CPU backend.
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "common/simd.h"
+#include "coupling_affine.h"
+
+#define PYPERF_SIMD_BODY "coupling_affine.h"  // the one in kernels/cpu
+#include "../kernels/cpu/simd_levels.h"
+
+namespace pyperf::coupling {
+namespace {
+
+struct AffineOnCpu {
+  template <class R>
+  static void forward(const AffineCall<kForwardOperands>& call, const Tensor&) {
+    if (call.elements() == 0) {
+      if (call.summed) std::memset(call.data[kLogdet], 0, size_t(call.samples) * sizeof(R));
+      return;
+    }
+    const SampleUnits units(call.samples, call.sample_size);
+    std::vector<double> partials(call.summed && units.pieces > 1 ? units.count : 0);
+    PYPERF_AT_SIMD_LEVEL(affine_forward<R, TorchThreads>)(call, partials.data(), TorchThreads());
+  }
+  template <class R>
+  static void backward(const AffineCall<kBackwardOperands>& call, const Tensor&) {
+    PYPERF_AT_SIMD_LEVEL(affine_backward<R, TorchThreads>)(call, TorchThreads());
+  }
+};
+
+}  // namespace
+}  // namespace pyperf::coupling
+
+// clamp: 0 for none. sample_dims: log-dets are summed over the dimensions behind them; -1: not.
+#define PYPERF_AFFINE_STATICS "bool inverse, str activation, float clamp, bool shift_first, SymInt sample_dims"
+STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
+  m.def("affine_coupling(Tensor x, Tensor scale, Tensor shift, " PYPERF_AFFINE_STATICS ") -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor scale, Tensor "
+      "shift, " PYPERF_AFFINE_STATICS ") -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyperf_dl, CPU, m) { PYPERF_IMPLEMENT_AFFINE_COUPLING(m, pyperf::coupling::AffineOnCpu); }

@@ -1,0 +1,163 @@
+// Blocks of as many elements as a vector has lanes, between memory of any dtype and stride and R[]; stamped once for
+// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h and transpose.h, ../common/storage.h.
+#include "machine.h"
+#include "transpose.h"
+
+template <class R, int kLanes>
+struct Lanes {
+  typedef R Vector __attribute__((vector_size(kLanes * sizeof(R))));
+};
+template <class R, int kLanes>
+using LanesOf = typename Lanes<R, kLanes>::Vector;
+
+// n consecutive elements as a vector.
+template <class R, int n, class S>
+PYPERF_HD LanesOf<R, n> load_lanes(const S* p) {
+  LanesOf<R, n> v;
+  if constexpr (std::is_same_v<S, BFloat16> && sizeof(R) == 4) {
+    LanesOf<uint16_t, n> bits;
+    memcpy(&bits, p, sizeof bits);
+    return (LanesOf<R, n>)(__builtin_convertvector(bits, LanesOf<uint32_t, n>) << 16);
+#if PYPERF_VECTOR_BYTES >= 32
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 8) {
+    __m128i bits;
+    memcpy(&bits, p, sizeof bits);
+    return (LanesOf<R, n>)_mm256_cvtph_ps(bits);
+#endif
+#if PYPERF_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 16) {
+    __m256i bits;
+    memcpy(&bits, p, sizeof bits);
+    return (LanesOf<R, n>)_mm512_maskz_cvtph_ps(__mmask16(-1), bits);
+#endif
+  } else if constexpr (sizeof(S) == 2) {
+    for (int i = 0; i < n; ++i) v[i] = loaded<R>(p[i]);
+    return v;
+  } else {
+    LanesOf<S, n> s;
+    memcpy(&s, p, sizeof s);
+    return __builtin_convertvector(s, LanesOf<R, n>);
+  }
+}
+
+template <int n, class R, class S>
+PYPERF_HD void store_lanes(LanesOf<R, n> v, S* p) {
+  if constexpr (std::is_same_v<S, BFloat16> && sizeof(R) == 4) {
+    const auto bits = (LanesOf<uint32_t, n>)v;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto kept = (bits & 0x7fffffffu) > 0x7f800000u ? LanesOf<uint32_t, n>{} + 0x7fc0u : rounded;
+    const auto half = __builtin_convertvector(kept, LanesOf<uint16_t, n>);
+    memcpy(p, &half, sizeof half);
+#if PYPERF_VECTOR_BYTES >= 32
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 8) {
+    const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &half, sizeof half);
+#endif
+#if PYPERF_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 16) {
+    const __m256i half = _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &half, sizeof half);
+#endif
+  } else if constexpr (sizeof(S) == 2) {
+    for (int i = 0; i < n; ++i) p[i] = stored<S, R>(v[i]);
+  } else {
+    const auto s = __builtin_convertvector(v, LanesOf<S, n>);
+    memcpy(p, &s, sizeof s);
+  }
+}
+
+// The first n of kLanes lanes, and n lanes with copies of them behind.
+template <int n, class V, size_t... kLane>
+PYPERF_HD auto first_lanes(V v, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(v, v, int(kLane)...);
+}
+template <class R, int n, int kLanes>
+PYPERF_HD LanesOf<R, kLanes> widened(LanesOf<R, n> v) {
+  if constexpr (n == kLanes) {
+    return v;
+  } else {
+    const auto wider = first_lanes<2 * n>(v, std::make_index_sequence<2 * n>());
+    return widened<R, 2 * n, kLanes>(wider);
+  }
+}
+
+PYPERF_HD void prefetch(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+// out[i] = element i for i in [0, n); the lanes behind repeat the last one.
+template <class R, class S>
+PYPERF_HD void load_block(const S* p, int64_t stride, int64_t n, R* out) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  if (stride == 1 && n == L) {
+    const auto v = load_lanes<R, L>(p);
+    memcpy(out, &v, sizeof v);
+    return;
+  }
+  for (int64_t i = 0; i < L; ++i) out[i] = loaded<R>(p[std::min(i, n - 1) * stride]);
+}
+
+template <class R, class S>
+PYPERF_HD void store_block(const R* in, int64_t stride, int64_t n, S* p) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  if (stride == 1 && n == L) {
+    LanesOf<R, L> v;
+    memcpy(&v, in, sizeof v);
+    store_lanes<L, R>(v, p);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) p[i * stride] = stored<S, R>(in[i]);
+}
+
+// Rows of `count` neighbouring parameters, one row an element, turned so that out[j * L + i] is parameter j of element
+// i; kWidth <= count of them at a time, the last ones overlapping.
+template <class R, int kWidth, class S>
+PYPERF_HD void load_rows(const S* p, int64_t stride, int64_t count, int64_t n, R* out) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
+    LanesOf<R, L> rows[L];
+    for (int i = 0; i < L; ++i)
+      rows[i] = widened<R, kWidth, L>(load_lanes<R, kWidth>(p + std::min<int64_t>(i, n - 1) * stride + first));
+    transpose<L>(rows);
+    for (int j = 0; j < kWidth; ++j) memcpy(out + (first + j) * L, &rows[j], sizeof rows[j]);
+    if (first + kWidth == count) return;
+  }
+}
+template <class R, int kWidth, class S>
+PYPERF_HD void store_rows(const R* in, int64_t stride, int64_t count, int64_t n, S* p) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
+    LanesOf<R, L> rows[L] = {};
+    for (int j = 0; j < kWidth; ++j) memcpy(&rows[j], in + (first + j) * L, sizeof rows[j]);
+    transpose<L>(rows);
+    for (int i = 0; i < L; ++i)
+      if (i < n)
+        store_lanes<kWidth, R>(first_lanes<kWidth>(rows[i], std::make_index_sequence<kWidth>()),
+                               p + i * stride + first);
+    if (first + kWidth == count) return;
+  }
+}
+
+// Parameters of a block of elements: out[j * L + i] is parameter j of element i.
+template <class R, class S>
+void load_parameters(const S* p, int64_t element_stride, int64_t stride, int64_t count, int64_t n, R* out) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  if (stride == 1 && element_stride != 1 && count >= L / 4 && count >= 2) {
+    if (count >= L) return load_rows<R, L>(p, element_stride, count, n, out);
+    if constexpr (L >= 4)
+      if (count >= L / 2) return load_rows<R, L / 2>(p, element_stride, count, n, out);
+    if constexpr (L >= 8) return load_rows<R, L / 4>(p, element_stride, count, n, out);
+  }
+  for (int64_t j = 0; j < count; ++j) load_block(p + j * stride, element_stride, n, out + j * L);
+}
+template <class R, class S>
+void store_parameters(const R* in, int64_t element_stride, int64_t stride, int64_t count, int64_t n, S* p) {
+  constexpr int L = VectorMachine<R>::kLanes;
+  if (stride == 1 && element_stride != 1 && count >= L / 4 && count >= 2) {
+    if (count >= L) return store_rows<R, L>(in, element_stride, count, n, p);
+    if constexpr (L >= 4)
+      if (count >= L / 2) return store_rows<R, L / 2>(in, element_stride, count, n, p);
+    if constexpr (L >= 8) return store_rows<R, L / 4>(in, element_stride, count, n, p);
+  }
+  for (int64_t j = 0; j < count; ++j) store_block(in + j * L, element_stride, n, p + j * stride);
+}

@@ -1,0 +1,273 @@
+// The monotone rational-quadratic spline of Durkan et al. (2019), for one value of a machine: an element, or a vector
+// of them. Stamped like elementary.h, after it; prelude: coupling.h.
+//
+// Every sum has terms of one sign, bins are sized directly and not as differences of knots, and the last bin is
+// measured from the end of the box: so the log-determinant stays right where slopes are steep, and no finite input
+// gives NaN.
+namespace math {
+
+// One side's softmax, and the bin: exponentials in front of it and its own, and what one unit of them is worth.
+template <class M>
+struct SplineSide {
+  Value<M> before, own, per_unit, inverse_sum;
+};
+
+template <class M>
+struct SplinePoint {
+  using V = typename M::V;
+  SplineSide<M> width, height;
+  V k;                       // the bin, as a number
+  V x_edge, w, y_edge, h;    // its lower corner and its size
+  V d0, d1, bend0, bend1;    // slopes at its ends, and their derivatives by the raw parameters
+  V s, theta, phi;           // h / w; how far the point is from both ends: theta + phi = 1
+  V below, above, top;       // slope = s^2 above / below^2, y = y_edge + h top / below
+  V excess, edge_slope;      // beyond the box, along x; the slope at the nearer corner
+  typename M::Mask inside, last, high;  // high: beyond the upper corner
+};
+
+// u / (1 + |u| / bend), and its derivative.
+template <class M>
+PYPERF_HD Value<M> soft_clipped(Value<M> u, typename M::R inverse_bend, Value<M>& derivative) {
+  using R = typename M::R;
+  const auto a = R(1) / (abs<M>(u) * inverse_bend + R(1));
+  derivative = a * a;
+  return u * a;
+}
+
+template <class M>
+PYPERF_HD Value<M> spline_logit(const coupling::Spline<typename M::R>& c, Value<M> raw) {
+  Value<M> derivative;
+  return c.exponential ? soft_clipped<M>(raw, c.inverse_curve * typename M::R(2), derivative) : raw;
+}
+
+// e[j] = exp(logit j - the largest logit); returns 1 / their sum.
+template <class M, int kBins, class Raw>
+PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
+  const int bins = kBins ? kBins : c.bins;
+  auto largest = e[0] = spline_logit<M>(c, raw(0));
+#pragma unroll
+  for (int j = 1; j < bins; ++j) {
+    e[j] = spline_logit<M>(c, raw(j));
+    largest = max<M>(largest, e[j]);
+  }
+  auto sum = M::of(0);
+#pragma unroll
+  for (int j = 0; j < bins; ++j) {
+    e[j] = exp<M>((e[j] - largest) * c.logit_scale);
+    sum = sum + e[j];
+  }
+  return typename M::R(1) / sum;
+}
+
+// The slope that a raw derivative stands for, and its derivative.
+template <class M>
+PYPERF_HD Value<M> spline_slope(const coupling::Spline<typename M::R>& c, Value<M> raw, Value<M>& bend) {
+  Value<M> slope;
+  if (c.exponential) {
+    slope = exp<M>(soft_clipped<M>(raw, c.inverse_curve, bend));
+    bend = bend * slope;
+  } else {
+    slope = softplus<M>(raw * c.curve, bend) * c.inverse_curve + c.least_slope;
+  }
+  const auto large = M::less(M::of(c.largest_slope), slope);
+  bend = M::select(large, M::of(0), bend);
+  return M::select(large, M::of(c.largest_slope), slope);
+}
+
+// Finds the bin of x (of y, where the spline is inverted) and where in it the point lies. ew and eh are left holding
+// the exponentials.
+template <class M, int kBins, class Widths, class Heights, class Derivatives>
+PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> at, const Widths& raw_w,
+                             const Heights& raw_h, const Derivatives& raw_d, Value<M>* ew, Value<M>* eh,
+                             SplinePoint<M>& p) {
+  using R = typename M::R;
+  using coupling::Tails;
+  const int bins = kBins ? kBins : c.bins;
+  const auto zero = M::of(R(0)), one = M::of(R(1));
+  p.width.inverse_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
+  p.height.inverse_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
+  p.width.per_unit = p.width.inverse_sum * c.width_room;
+  p.height.per_unit = p.height.inverse_sum * c.height_room;
+
+  const R low = c.inverse ? c.bottom : c.left, high = c.inverse ? c.top : c.right;
+  const R least = c.inverse ? c.least_height : c.least_width;
+  const auto per_unit = c.inverse ? p.height.per_unit : p.width.per_unit;
+  p.inside = M::at_least(at, M::of(low)) & M::at_least(M::of(high), at);
+  p.high = M::less(M::of(high), at);
+  const auto t = M::select(p.inside, at, M::select(p.high, M::of(high), M::of(low)));
+
+  // The bin, while the sums run.
+  const int first_knot = c.tails == Tails::linear ? -1 : 0;  // raw derivative of a bin's left end, less its number
+  const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
+  const auto knot = [&](int i) __attribute__((always_inline)) {
+    i = i == count && c.tails == Tails::circular ? 0 : i;
+    return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
+  };
+  auto w_before = zero, h_before = zero, raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
+  p.k = zero;
+  p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
+#pragma unroll
+  for (int j = 1; j < bins; ++j) {
+    w_before = w_before + ew[j - 1], h_before = h_before + eh[j - 1];
+    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::of(R(j) * least + low));
+    const auto reached = M::at_least(t, edge);
+    p.width.before = M::select(reached, w_before, p.width.before);
+    p.height.before = M::select(reached, h_before, p.height.before);
+    p.width.own = M::select(reached, ew[j], p.width.own);
+    p.height.own = M::select(reached, eh[j], p.height.own);
+    p.k = M::select(reached, M::of(R(j)), p.k);
+    const auto left = next;
+    next = knot(first_knot + j + 1);
+    raw0 = M::select(reached, left, raw0);
+    raw1 = M::select(reached, next, raw1);
+  }
+  p.last = M::at_least(p.k, M::of(R(bins - 1)));
+  p.x_edge = M::fma(p.width.before, p.width.per_unit, p.k * c.least_width + c.left);
+  p.y_edge = M::fma(p.height.before, p.height.per_unit, p.k * c.least_height + c.bottom);
+  p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
+  p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
+
+  p.d0 = spline_slope<M>(c, raw0, p.bend0);
+  p.d1 = spline_slope<M>(c, raw1, p.bend1);
+  if (c.tails == Tails::linear) {
+    const auto inner = M::at_least(p.k, one);
+    p.d0 = M::select(inner, p.d0, one), p.bend0 = M::select(inner, p.bend0, zero);
+    p.d1 = M::select(p.last, one, p.d1), p.bend1 = M::select(p.last, zero, p.bend1);
+  }
+
+  p.s = p.h / p.w;
+  // How far t is into the bin; in the last one, how far from its end.
+  const auto size = c.inverse ? p.h : p.w;
+  const auto part =
+      clamp<M>(M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge)) / size, zero, one);
+  p.theta = M::select(p.last, one - part, part);
+  p.phi = M::select(p.last, part, one - part);
+  if (c.inverse) {
+    // Of the two roots of a quadratic the one in [0, 1], from the end that makes all terms >= 0.
+    const auto b = (p.d0 - p.s) * p.phi - (p.d1 - p.s) * p.theta, r = abs<M>(b);
+    const auto swap = M::less(b, zero);
+    const auto za = M::select(swap, p.phi, p.theta), zb = M::select(swap, p.theta, p.phi), q = p.s - r;
+    const auto root = M::sqrt(M::fma(q, q, p.s * zb * r * R(4)));
+    const auto v = min<M>(p.s * za * R(2) / (p.s + r + root), one);
+    p.theta = M::select(swap, one - v, v);
+    p.phi = M::select(swap, v, one - v);
+  }
+  const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
+  p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
+  p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
+  p.top = M::fma(p.s, theta2, p.d0 * q);
+  p.excess = at - t;
+  p.edge_slope = M::select(p.high, p.d1, p.d0);
+  if (c.inverse) p.excess = p.excess / p.edge_slope;
+}
+
+template <class M>
+PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
+                            Value<M>& logdet) {
+  using R = typename M::R;
+  const auto by = p.s / p.below;
+  logdet = log<M>(by * p.above * by);
+  if (c.inverse) {
+    logdet = -logdet;
+    const auto from_end = M::fma(-p.phi, p.w, M::of(c.right)), from_edge = M::fma(p.theta, p.w, p.x_edge);
+    y = clamp<M>(M::select(p.last, from_end, from_edge), M::of(c.left), M::of(c.right));
+  } else {
+    const auto rest = M::fma(p.s, p.phi * p.phi, p.d1 * (p.theta * p.phi));
+    const auto f = M::select(p.last, -rest, p.top) / p.below;
+    y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
+  }
+  if (c.tails == coupling::Tails::bounded) {
+    y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, p.edge_slope, y));
+    y = M::select(M::at_least(at, at), y, at);
+  } else {
+    y = M::select(p.inside, y, at);
+    logdet = M::select(p.inside, logdet, M::of(R(0)));
+  }
+}
+
+// Gradient of the input, and put_w(j, g), put_h(j, g), put_d(j, g) of each raw parameter, each put after its last read.
+template <class M, int kBins, class Widths, class Heights, class PutWidths, class PutHeights, class PutDerivatives>
+PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> grad_y,
+                                    Value<M> grad_logdet, const Widths& raw_w, const Heights& raw_h, const Value<M>* ew,
+                                    const Value<M>* eh, const PutWidths& put_w, const PutHeights& put_h,
+                                    const PutDerivatives& put_d) {
+  using R = typename M::R;
+  using coupling::Tails;
+  const int bins = kBins ? kBins : c.bins;
+  const auto zero = M::of(R(0)), one = M::of(R(1));
+  const bool bounded = c.tails == Tails::bounded;
+  const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
+  const auto per_below = one / p.below, per_above = one / p.above, per_w = one / p.w;
+  const auto by = p.s * per_below;
+  const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
+  // d log slope / d theta
+  const auto lean = ((M::fma(p.d1, p.theta, -p.d0 * p.phi) + p.s * (p.phi - p.theta)) * per_above -
+                     (p.d0 + p.d1 - p.s * R(2)) * (p.phi - p.theta) * per_below) *
+                    R(2);
+  auto gy = grad_y, gl = grad_logdet, grad_in = grad_y;
+  if (c.inverse) {  // x(y): the chain rule through y(x) - y = 0
+    gl = -gl;
+    const auto by_x = M::fma(gl, M::select(p.inside, lean * per_w, zero), grad_y);
+    grad_in = by_x / slope;
+    gy = -grad_in;
+    if (!bounded) grad_in = M::select(p.inside, grad_in, grad_y);
+  } else {
+    grad_in = M::fma(gy, slope, gl * lean * per_w);
+    grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
+  }
+  const auto by_theta = M::fma(gy, p.h * by * p.above * per_below, gl * lean);
+  const auto gh = gy * p.h * q * per_below * per_below;
+  const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
+                           gl * R(2) * (one / p.s + q * per_above - (theta2 + phi2) * per_below));
+  auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
+  auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
+  if (bounded) {
+    const auto beyond = M::select(p.inside, zero, gy * p.excess);
+    by_d0 = by_d0 + M::select(p.high, zero, beyond);
+    by_d1 = by_d1 + M::select(p.high, beyond, zero);
+  } else {
+    by_d0 = M::select(p.inside, by_d0, zero), by_d1 = M::select(p.inside, by_d1, zero);
+  }
+  by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
+
+  // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
+  const auto w_edge = -by_theta * per_w, w_own = -(by_theta * p.theta + by_s * p.s) * per_w;
+  const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_s * per_w);
+  const auto w_mean = p.width.inverse_sum * M::fma(w_edge, p.width.before, w_own * p.width.own);
+  const auto h_mean = p.height.inverse_sum * M::fma(h_edge, p.height.before, h_own * p.height.own);
+  const auto w_unit = M::select(p.inside, p.width.per_unit * c.logit_scale, zero);
+  const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, zero);
+  const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
+  const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
+#pragma unroll
+  for (int j = 0; j < bins; ++j) {
+    const auto number = M::of(R(j));
+    const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
+    auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
+    auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
+    if (c.exponential) {
+      Value<M> w_clip, h_clip;
+      soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
+      soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
+      gw = gw * w_clip, ge = ge * h_clip;
+    }
+    put_w(j, gw);
+    put_h(j, ge);
+  }
+  const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
+  const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
+  auto right = left + R(1);
+  if (c.tails == Tails::circular) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
+  const int most = kBins ? kBins + 1 : count;
+#pragma unroll
+  for (int j = 0; j < most; ++j) {
+    if (kBins && j >= count) break;
+    const auto number = M::of(R(j));
+    const auto is_left = M::at_least(left, number) & M::at_least(number, left);
+    const auto is_right = M::at_least(right, number) & M::at_least(number, right);
+    put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
+  }
+  return grad_in;
+}
+
+}  // namespace math

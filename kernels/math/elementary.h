@@ -1,0 +1,222 @@
+// Elementary functions as polynomials, in float and double, for scalars (CUDA, tails) and for the vectors of a CPU from
+// one source, with the same bits on all of them.
+//
+// A machine M says what a value is and does what an operator cannot say:
+//   M::V             the value: a scalar, or a vector of the compiler's; + - * / work on it
+//   M::R, M::Int     its scalar, and the integers of that width
+//   M::Mask          the result of M::less and M::at_least; & and | work on it
+//   M::of, fma, sqrt, select(mask, a, b), bits, from_bits, scaled(v, n) = v * 2^n for a whole n
+// Errors in ulps are tested (tests/native/elementary_cpu.cpp).
+//
+// No include guard and no namespace: a function takes the instruction set of the place where it stands, so
+// ../cpu/machine.h includes this once for each SIMD level, and ../cuda/elementary.cuh once for CUDA. Prelude: <cmath>,
+// <cstdint>, <cstring>, <type_traits>, ../common/platform.h.
+
+template <class R>
+struct FloatFormat;
+template <>
+struct FloatFormat<float> {
+  using Int = int32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 12582912.0f;          // 1.5 * 2^23: adding it rounds to whole numbers
+  static constexpr float kLog2High = 0.693359375f;      // n * this is exact for the exponents n
+  static constexpr float kLog2Low = -2.12194440e-4f;
+  static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f;
+  static constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
+  static constexpr float kSubnormalScale = 16777216.0f;  // 2^24
+  static constexpr int kSubnormalExponent = 24;
+};
+template <>
+struct FloatFormat<double> {
+  using Int = int64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLog2High = 6.93147180369123816490e-01;
+  static constexpr double kLog2Low = 1.90821492927058770002e-10;
+  static constexpr double kExpLowest = -746.0, kExpHighest = 710.0;
+  static constexpr double kSmallestNormal = 2.2250738585072014e-308, kLargest = 1.7976931348623157e308;
+  static constexpr double kSubnormalScale = 18014398509481984.0;  // 2^54
+  static constexpr int kSubnormalExponent = 54;
+};
+
+// One number: a thread of a GPU.
+template <class Real>
+struct ScalarMachine {
+  using R = Real;
+  using V = R;
+  using Int = typename FloatFormat<R>::Int;
+  using Mask = bool;
+  static constexpr int kLanes = 1;
+
+  PYPERF_HD static V of(R r) { return r; }
+  PYPERF_HD static V select(Mask m, V a, V b) { return m ? a : b; }
+  PYPERF_HD static Mask less(V a, V b) { return a < b; }
+  PYPERF_HD static Mask at_least(V a, V b) { return a >= b; }
+  PYPERF_HD static V fma(V a, V b, V c) {
+    if constexpr (sizeof(R) == 4)
+      return ::fmaf(a, b, c);
+    else
+      return ::fma(a, b, c);
+  }
+  PYPERF_HD static V sqrt(V a) {
+    if constexpr (sizeof(R) == 4)
+      return ::sqrtf(a);
+    else
+      return ::sqrt(a);
+  }
+  PYPERF_HD static Int bits(V a) {
+    Int i;
+    memcpy(&i, &a, sizeof i);
+    return i;
+  }
+  PYPERF_HD static V from_bits(Int i) {
+    V a;
+    memcpy(&a, &i, sizeof a);
+    return a;
+  }
+  PYPERF_HD static V scaled(V v, V n);
+};
+
+namespace math {
+
+template <class M>
+using Value = typename M::V;
+
+template <class M>
+PYPERF_HD Value<M> max(Value<M> a, Value<M> b) {  // b where a is NaN
+  return M::select(M::less(b, a), a, b);
+}
+template <class M>
+PYPERF_HD Value<M> min(Value<M> a, Value<M> b) {
+  return M::select(M::less(a, b), a, b);
+}
+// Within [low, high]; NaN stays.
+template <class M>
+PYPERF_HD Value<M> clamp(Value<M> v, Value<M> low, Value<M> high) {
+  v = M::select(M::less(v, low), low, v);
+  return M::select(M::less(high, v), high, v);
+}
+template <class M>
+PYPERF_HD Value<M> abs(Value<M> v) {
+  using Int = typename FloatFormat<typename M::R>::Int;
+  return M::from_bits(M::bits(v) & ~(Int(1) << (8 * int(sizeof(Int)) - 1)));
+}
+// v with the sign of s. v >= 0
+template <class M>
+PYPERF_HD Value<M> with_sign(Value<M> v, Value<M> s) {
+  using Int = typename FloatFormat<typename M::R>::Int;
+  return M::from_bits(M::bits(v) | (M::bits(s) & (Int(1) << (8 * int(sizeof(Int)) - 1))));
+}
+
+// c0 + c1 x + c2 x^2 + ...
+template <class M>
+PYPERF_HD Value<M> polynomial(Value<M>, double c) {
+  return M::of(typename M::R(c));
+}
+template <class M, class... Rest>
+PYPERF_HD Value<M> polynomial(Value<M> x, double c, Rest... rest) {
+  return M::fma(polynomial<M>(x, rest...), x, M::of(typename M::R(c)));
+}
+
+// v * 2^n for n that may leave the exponents, in two steps of which at most the second rounds.
+template <class M>
+PYPERF_HD Value<M> scaled_in_steps(Value<M> v, Value<M> n) {
+  using F = FloatFormat<typename M::R>;
+  const auto i = M::bits(n + F::kRound) - M::bits(M::of(F::kRound));
+  const auto half = i >> 1, rest = i - half;
+  v = v * M::from_bits((half + typename F::Int(F::kBias)) << F::kMantissa);
+  return v * M::from_bits((rest + typename F::Int(F::kBias)) << F::kMantissa);
+}
+
+// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500.
+template <class M>
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
+  using R = typename M::R;
+  using F = FloatFormat<R>;
+  n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
+  auto r = M::fma(n, M::of(-F::kLog2High), x);
+  r = M::fma(n, M::of(-F::kLog2Low), r);
+  Value<M> p;
+  if constexpr (sizeof(R) == 4)
+    p = polynomial<M>(r, 0.49999993372855056, 0.16666519521795198, 0.041668401129923364, 0.008368851279253724,
+                      0.001381431837544762);
+  else
+    p = polynomial<M>(r, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889, 0.0001984126984126984, 2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07, 2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10);
+  return M::fma(r * r, p, r);
+}
+
+template <class M>
+PYPERF_HD Value<M> exp(Value<M> x) {
+  using F = FloatFormat<typename M::R>;
+  Value<M> n;
+  const auto f = exp_parts<M>(clamp<M>(x, M::of(F::kExpLowest), M::of(F::kExpHighest)), n);
+  return M::scaled(f + typename M::R(1), n);
+}
+
+template <class M>
+PYPERF_HD Value<M> log(Value<M> x) {
+  using R = typename M::R;
+  using F = FloatFormat<R>;
+  const auto subnormal = M::less(x, M::of(F::kSmallestNormal));
+  const auto v = M::select(subnormal, x * F::kSubnormalScale, x);
+  // v = 2^n * m with m in [sqrt(1/2), sqrt(2))
+  const auto root = M::bits(M::of(R(0.70710678118654752)));
+  const auto exponent = (M::bits(v) - root) >> F::kMantissa;
+  const auto m = M::from_bits(M::bits(v) - (exponent << F::kMantissa));
+  auto n = M::from_bits(exponent + M::bits(M::of(F::kRound))) - F::kRound;
+  n = n - M::select(subnormal, M::of(R(F::kSubnormalExponent)), M::of(R(0)));
+  const auto f = m - R(1);
+  const auto half_square = f * f * R(0.5);
+  Value<M> tail;  // log(1 + f) = f - f^2 / 2 + tail
+  if constexpr (sizeof(R) == 4) {
+    tail = f * f * f *
+           polynomial<M>(f, 0.33333312602801496, -0.2500000960366467, 0.20002118732288335, -0.1666799566662192,
+                         0.14219550906304348, -0.12405591423851223, 0.11888174618012086, -0.11675641272277415,
+                         0.06746601248797919);
+  } else {
+    const auto s = f / (f + R(2)), z = s * s;
+    const auto series = z * polynomial<M>(z, 0.33333333333333326, 0.1999999999999908, 0.1428571428595616,
+                                          0.11111111426611706, 0.09090841948657591, 0.07697352519529944,
+                                          0.06499195773245674, 0.08112584973239116);
+    tail = s * (half_square + (series + series));  // 2 atanh(s) = 2 s + 2 s series; 2 s = f - s f
+  }
+  const auto low = M::fma(n, M::of(F::kLog2Low), tail - half_square);
+  const auto r = M::fma(n, M::of(F::kLog2High), f + low);
+  const R infinity = R(HUGE_VAL);
+  const auto special = M::select(M::less(x, M::of(R(0))), M::of(R(NAN)), x + x);  // NaN and inf stay
+  const auto positive = M::less(M::of(R(0)), x) & M::less(x, M::of(infinity));
+  const auto zero = M::at_least(M::of(R(0)), x) & M::at_least(x, M::of(R(0)));
+  return M::select(positive, r, M::select(zero, M::of(-infinity), special));
+}
+
+// log(1 + e) for e in [0, 1].
+template <class M>
+PYPERF_HD Value<M> log1p_of_fraction(Value<M> e) {
+  using R = typename M::R;
+  if constexpr (sizeof(R) == 4) {
+    const auto u = e / (e + R(2)), v = u * u;  // 2 atanh(u)
+    const auto series = polynomial<M>(v, 0.3333333781101911, 0.19999438869496597, 0.1430844244801741,
+                                      0.10713828433623444, 0.12150469058509364);
+    return R(2) * M::fma(u * v, series, u);
+  } else {
+    const auto w = e + R(1);
+    return log<M>(w) + (e - (w - R(1))) / w;
+  }
+}
+
+// log(1 + exp(x)), and its derivative.
+template <class M>
+PYPERF_HD Value<M> softplus(Value<M> x, Value<M>& sigmoid) {
+  using R = typename M::R;
+  const auto e = exp<M>(-abs<M>(x)), r = R(1) / (e + R(1));
+  const auto negative = M::less(x, M::of(R(0)));
+  sigmoid = M::select(negative, e * r, r);
+  return max<M>(x, M::of(R(0))) + log1p_of_fraction<M>(e);
+}
+
+}  // namespace math
+
+template <class Real>
+PYPERF_HD Real ScalarMachine<Real>::scaled(Real v, Real n) {
+  return math::scaled_in_steps<ScalarMachine>(v, n);
+}
