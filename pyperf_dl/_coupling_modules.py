@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from . import _checks
-from ._coupling_affine import additive_coupling, affine_coupling
+from ._coupling_affine import DEFAULT_CLAMPS, additive_coupling, affine_coupling
 from ._coupling_channels import actnorm, checked_input, checked_sample_mask, invertible_conv1x1
 from ._coupling_spline import rational_quadratic_spline_packed
 from .reference import coupling as reference
@@ -505,7 +505,8 @@ class AffineCoupling(_Coupling):
             parameters for each transformed feature: [B, 2 * C, ...] (see ``layout``) or [B, C, 2, ...], or with 1 in
             place of a size other than C and 2.{arguments}
         parameters: ``"scale_shift"`` or ``"shift_scale"``: which of the two comes first.
-        activation, clamp, order, volume_preserving: as for :func:`affine_coupling`.
+        activation, clamp, order: as for :func:`affine_coupling`.
+        volume_preserving: log s less its mean over the transformed channels, at every position (GIN).
 
     Raises:
         TypeError, ValueError: an argument of another type or value; ``save="nothing"`` for an activation whose scale
@@ -554,16 +555,17 @@ class AffineCoupling(_Coupling):
 
     @staticmethod
     def _check_bounded(activation: str, clamp: Any, volume_preserving: bool) -> None:
-        largest = LARGEST_CLAMP / 2 if volume_preserving else LARGEST_CLAMP  # the mean that is taken off has it too
-        if activation not in ("exp", "tanh", "atan", "softclip") or clamp is None:
+        bound = DEFAULT_CLAMPS.get(activation) if clamp is None else clamp
+        if bound is None:
             raise ValueError(
-                "AffineCoupling: save='nothing' rebuilds x from y, so the scale must be bounded: activation 'exp', "
-                f"'tanh', 'atan' or 'softclip' with a clamp, got activation={activation!r}, clamp={clamp}"
+                "AffineCoupling: save='nothing' rebuilds x from y, so the scale must be bounded: activation 'tanh', "
+                f"'atan' or 'softclip', or 'exp' with a clamp, got activation={activation!r}, clamp={clamp}"
             )
-        if clamp > largest:
+        largest = LARGEST_CLAMP / 2 if volume_preserving else LARGEST_CLAMP  # the mean that is taken off has it too
+        if bound > largest:
             raise ValueError(
                 "AffineCoupling: save='nothing' rebuilds x from y and multiplies its error by up to exp(clamp), so "
-                f"clamp must be <= {largest:.2f}, got {clamp}"
+                f"clamp must be <= {largest:.2f}{' to preserve volumes' if volume_preserving else ''}, got {bound:.2f}"
             )
 
     @staticmethod
@@ -576,7 +578,13 @@ class AffineCoupling(_Coupling):
 
     def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
         scale, shift = params[..., self.scale_at], params[..., 1 - self.scale_at]
-        return affine_coupling(part, scale, shift, inverse=inverse, logdet=logdet, **self.options)
+        if not self.options["volume_preserving"]:
+            return affine_coupling(part, scale, shift, inverse=inverse, logdet=logdet, **self.options)
+        # Over the channels, so that no position depends on another one, and a sample mask on none.
+        y, zeros = affine_coupling(part, scale, shift, inverse=inverse, sum_dims=1, **self.options)
+        return y, zeros.unsqueeze(1) if logdet == "elementwise" else zeros.flatten(1).sum(
+            1
+        ) if zeros.dim() > 1 else zeros
 
     def _described(self) -> list[str]:
         return [f"{name}={value!r}" for name, value in self.options.items()]

@@ -307,7 +307,9 @@ def test_autocast(kind):
     found = []
     for save in SAVE:
         layer, seen = coupling(kind, scale=0.3, save=save), []
-        layer.conditioner.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
+        layer.conditioner.layers[2].register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].dtype)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             y, logdet = layer(sample((5, 6), torch.float32).requires_grad_())
         assert y.dtype == logdet.dtype == torch.float32
@@ -843,8 +845,13 @@ BAD = [
     (ValueError, "clamp", lambda: AffineCoupling(I, clamp=-1.0)),
     (TypeError, "volume_preserving", lambda: AffineCoupling(I, volume_preserving="GIN")),
     (ValueError, "scale must be bounded.*clamp=None", lambda: AffineCoupling(I, save="nothing")),
-    (ValueError, "must be bounded", lambda: AffineCoupling(I, save="nothing", activation="softplus", clamp=1.0)),
+    (ValueError, "must be bounded", lambda: AffineCoupling(I, save="nothing", activation="softplus")),
     (ValueError, r"clamp must be <= 6.93, got 9", lambda: AffineCoupling(I, save="nothing", clamp=9.0)),
+    (
+        ValueError,
+        r"clamp must be <= 3.47 to preserve volumes, got 6.91",
+        lambda: AffineCoupling(I, save="nothing", activation="softclip", volume_preserving=True),
+    ),
     (ValueError, r"2 parameters \(scale, shift\)", lambda: AffineCoupling(nn.Linear(1, 3))(X)),
     (ValueError, r"\[4, 2\] or \[4, 1, 2\]", lambda: AffineCoupling(nn.Linear(1, 3))(X)),
     (ValueError, "bins must be >= 1", lambda: SplineCoupling(I, 0)),
