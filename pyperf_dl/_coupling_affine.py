@@ -104,9 +104,9 @@ _backward = Operator(
     fake=_fake_backward,
     reference=reference.affine_coupling_backward,
     save=_saved_backward,
-    backward=lambda ctx, *grads: torch.func.vjp(
-        _function(reference.affine_coupling_backward, ctx), *ctx.saved_tensors
-    )[1](grads),
+    backward=lambda ctx, *grads: torch.func.vjp(_function(reference.affine_coupling_backward, ctx), *ctx.saved_tensors)[
+        1
+    ](grads),
     jvp=lambda ctx, *tangents: reference.pushed_forward(
         _function(reference.affine_coupling_backward, ctx), ctx.saved_tensors, tangents
     ),

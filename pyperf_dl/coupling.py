@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from ._coupling_affine import additive_coupling, affine_coupling
+from ._coupling_channels import actnorm, invertible_conv1x1
+from ._coupling_modules import ActNorm, AdditiveCoupling, AffineCoupling, Flow, InvertibleConv1x1, SplineCoupling
 from ._coupling_spline import rational_quadratic_spline, rational_quadratic_spline_packed
 
 __all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Flow",
+    "InvertibleConv1x1",
+    "SplineCoupling",
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "invertible_conv1x1",
     "rational_quadratic_spline",
     "rational_quadratic_spline_packed",
 ]

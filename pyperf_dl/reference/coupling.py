@@ -215,3 +215,40 @@ def rational_quadratic_spline_packed(
 
 rational_quadratic_spline_backward = functools.partial(differentiated, rational_quadratic_spline, 4)
 rational_quadratic_spline_packed_backward = functools.partial(differentiated, rational_quadratic_spline_packed, 2)
+
+
+# ---- layers along the channels (dim 1) ----
+
+
+def actnorm(
+    x: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x * exp(log_scale) + bias, and the log-det of each sample. x: [B, C, ...], log_scale, bias: [C]"""
+    dtype = working_dtype(x)
+    channel = (-1, *[1] * (x.dim() - 2))
+    a, b, u = log_scale.to(dtype).view(channel), bias.to(dtype).view(channel), x.to(dtype)
+    y = (u - b) * (-a).exp() if inverse else u * a.exp() + b
+    logdet = (-a if inverse else a).expand(x.shape)
+    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))
+
+
+def invertible_conv1x1(
+    x: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    log_diagonal: torch.Tensor,
+    permutation: torch.Tensor,
+    sign: torch.Tensor,
+    inverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = W x at every position, W = (L U)[permutation], and the log-det of each sample. x: [B, C, ...]
+
+    L: unit lower triangle from `lower`; U: upper triangle from `upper`, with sign * exp(log_diagonal) on the diagonal.
+    """
+    left = lower.double().tril(-1) + torch.eye(len(lower), dtype=torch.float64, device=x.device)
+    right = upper.double().triu(1) + torch.diag(sign * log_diagonal.double().exp())
+    weight = (left @ right)[permutation]
+    weight = torch.linalg.inv(weight) if inverse else weight
+    y = torch.einsum("oc,bc...->bo...", weight, x.double())
+    logdet = (-log_diagonal if inverse else log_diagonal).view(-1, *[1] * (x.dim() - 2)).expand(x.shape)
+    return y.to(x.dtype), summed(logdet, 1, logdet_dtype(x))
