@@ -153,7 +153,8 @@ def test_one_coupling(how, rev):
         return {"y": y.detach(), "j": j.detach(), "x": grads[0], "params": grads[1]}
 
     torch.manual_seed(0)
-    assert_as_accurate(*three_runs(run, layer, freia, torch.randn(8_000, 3), torch.randn(8_000, 4)))
+    through = 1.5 if how else 1.0  # torch's tanh is nearly the nearest number, ours lies within 2 ulp
+    assert_as_accurate(*three_runs(run, layer, freia, torch.randn(8_000, 3), torch.randn(8_000, 4)), through=through)
     assert freia.report() == (1, {})
 
 

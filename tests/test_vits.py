@@ -142,7 +142,7 @@ def test_a_whole_model():
 
 
 def test_training_of_the_duration_predictor():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = modeling_vits.VitsStochasticDurationPredictor(config(duration_predictor_dropout=0.0))
     batches = []
     for _ in range(15):
