@@ -26,8 +26,8 @@ def _listed(value):
 
 def assert_as_accurate(truth, theirs, ours, names=None, through=1.0):
     """Errors at most the peer's at the 50, 90 and 99 % quantiles, at most twice the peer's at 99.9 %, for every named
-    tensor. What is equally good differs by chance, the more the fewer elements count: by 10 % (30 % at 99 %), and by one
-    rounding of the result. The maximum is the luck of one element in a steep bin: within a factor 10. In a list of
+    tensor. What is equally good differs by chance, the more the fewer elements count: by 10 % (30 % at 99 %), and by
+    one rounding of the result. The maximum is the luck of one element in a steep bin: within a factor 10. In a list of
     tensors, errors are relative to the largest element of each, so that all tensors count alike.
     """
     assert truth.keys() == theirs.keys() == ours.keys()
