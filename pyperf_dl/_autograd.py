@@ -24,7 +24,12 @@ from . import _backend
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+_Excluding = torch._C._ExcludeDispatchKeyGuard
+# Below autograd, and below the tracking of views too: kernels arrange their outputs in memory with as_strided, and what
+# counts as a view must not be changed in place, as in `logdet += other`.
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+    _AUTOGRAD |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
 
 _library = torch.library.Library("pyperf_dl", "FRAGMENT")
 # Rules that only a dispatch mode or a tensor subclass asks for; their modules are slow to import, or import triton.
@@ -100,7 +105,7 @@ class Operator:
         if type(first) not in _PLAIN or _len_torch_dispatch_stack():
             _register_late()
         elif not (torch.is_grad_enabled() and _any_requires_grad(args, self.tensors)):
-            with _AutoDispatchBelowAutograd():
+            with _Excluding(_AUTOGRAD):
                 return registered.op(*args)
         return registered.op(*args)
 
@@ -153,7 +158,7 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
     class OperatorFunction(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            with _AutoDispatchBelowAutograd():
+            with _Excluding(_AUTOGRAD):
                 return op(*args)
 
         @staticmethod
@@ -188,7 +193,7 @@ def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.
             map(_has_tangent, args[: operator.tensors])
         ):
             return function.apply(*args)
-        with _AutoDispatchBelowAutograd():
+        with _Excluding(_AUTOGRAD):
             return op(*args)
 
     return kernel

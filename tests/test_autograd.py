@@ -309,3 +309,18 @@ def test_fake_tensors_keep_layouts():
             assert (fo.shape, fo.stride(), fo.dtype) == (offsets.shape, offsets.stride(), offsets.dtype)
     meta = sliding_window_max(torch.empty(3, 10, device="meta"), 4)
     assert meta.shape == (3, 7)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_may_be_changed_in_place(grad):
+    x, shift = torch.rand(2, 3, 8, requires_grad=grad), torch.rand(2)
+    for call in (
+        lambda: (pyperf_dl.sliding_window_max(x, 3),),
+        lambda: pyperf_dl.affine_coupling(x, x, x),
+        lambda: pyperf_dl.additive_coupling(x, x),
+        lambda: pyperf_dl.rational_quadratic_spline(x, *(torch.rand(2, 3, 8, k) for k in (4, 4, 3)), logdet="sum"),
+    ):
+        with torch.no_grad():
+            outside = call()
+        for t in (*call(), *outside):
+            t += shift.view(-1, *[1] * (t.dim() - 1))

@@ -2,9 +2,11 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED_PAGES = sorted({*PAGES, *ROOT.glob("*.md")})
 STEMS = sorted(module.name for module in pkgutil.iter_modules([str(ROOT / "pyperf_dl" / "reference")]))
-INTEGRATIONS = sorted(module.name for module in pkgutil.iter_modules([str(ROOT / "pyperf_dl" / "integrations")]))
+INTEGRATIONS = sorted(
+    module.name
+    for module in pkgutil.iter_modules([str(ROOT / "pyperf_dl" / "integrations")])
+    if not module.name.startswith("_")
+)
 
 
 def public_modules():
@@ -47,6 +53,9 @@ def run(test):
 
 @pytest.mark.parametrize("test", list(examples()), ids=lambda test: test.name)
 def test_docstring(test):
+    peer = getattr(sys.modules[test.globs["__name__"]], "_peer", None)  # of an integration
+    if peer and not list(importlib.metadata.distributions(name=peer.distribution)):
+        pytest.skip(f"{peer.distribution} is not installed")
     run(test)
 
 

@@ -122,7 +122,9 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
       const auto f = exp_parts<M>(clamp<M>(size * R(-2), M::of(R(-80)), zero), n), power = power_of_two<M>(n);
       const auto less_one = M::fma(power, f, power - R(1));  // exp(-2 |u|) - 1
       const auto below = less_one + R(2), e = M::fma(power, f, power);
-      logdet = sign * limit * with_sign<M>(abs<M>(less_one) / below, u);
+      const auto large = M::less(M::of(R(0.55)), size);  // near 1, what is missing there has less of an error
+      const auto ratio = M::select(large, e + e, abs<M>(less_one)) / below;
+      logdet = sign * limit * with_sign<M>(M::select(large, one - ratio, ratio), u);
       slope = sign * limit * (R(4) * e / (below * below));
     } else if constexpr (kActivation == Activation::atan) {
       const auto amplitude = sign * limit * R(0.636);
@@ -131,10 +133,9 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
     } else {  // u / (1 + |u / limit|), whichever of the two is small
       const auto small = M::less(size, limit);
       const auto ratio = M::select(small, size, limit) / M::select(small, limit, size);
-      const auto share = R(1) / (ratio + R(1));
-      logdet = sign * with_sign<M>(M::select(small, size, limit) * share, u);
-      const auto root = M::select(small, share, ratio * share);
-      slope = sign * (root * root);
+      const auto below = ratio + R(1);
+      logdet = sign * with_sign<M>(M::select(small, size, limit) / below, u);
+      slope = sign * (M::select(small, one, ratio * ratio) / (below * below));
     }
     const auto bounded = clamp<M>(logdet, M::of(-F::kLargestLog), M::of(F::kLargestLog));
     factor = exp_parts<M>(bounded, exponent) + R(1);

@@ -1,0 +1,251 @@
+"""Layers as nflows wrote them, for nflows itself and for what descends from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import pyperf_dl
+
+from ._swap import Declined, Peer, Settings, number, unfit
+
+BINS = 256  # the most that the operator takes
+BEYOND = {"linear": -1, "circular": 0, "bounded": 1}  # derivatives beyond the number of bins
+
+
+def _wrong_sizes(bins: int, smallest: tuple[Any, Any, Any]) -> str:
+    if not 1 <= bins <= BINS:
+        return "number of bins"
+    width, height, slope = smallest
+    if not (number(width) and number(height) and number(slope)) or max(width, height) * bins >= 1:
+        return "smallest sizes"
+    return ""
+
+
+def separate(
+    settings: Settings,
+    inputs: Any,
+    widths: Any,
+    heights: Any,
+    derivatives: Any,
+    inverse: Any,
+    tails: str,
+    bounds: tuple[Any, Any, Any, Any],
+    smallest: tuple[Any, Any, Any],
+) -> Any:
+    """(y, elementwise log-det) of a spline on the box (left, right, bottom, top), or Declined with the reason."""
+    why = unfit(inputs, widths, heights, derivatives)
+    if why:
+        return Declined(why)
+    if not isinstance(inverse, bool) or not all(number(b, -torch.inf) for b in bounds):
+        return Declined("arguments")
+    left, right, bottom, top = bounds
+    if not (left < right and bottom < top):
+        return Declined("arguments")
+    bins = widths.shape[-1] if widths.dim() else 0
+    why = _wrong_sizes(bins, smallest)
+    if why:
+        return Declined(why)
+    if widths.shape != (*inputs.shape, bins) or heights.shape != widths.shape:
+        return Declined("shape")
+    if derivatives.shape != (*inputs.shape, bins + BEYOND[tails]):
+        return Declined("number of derivatives")
+    y, logdet = pyperf_dl.rational_quadratic_spline(
+        inputs,
+        widths,
+        heights,
+        derivatives,
+        inverse=inverse,
+        tails=tails,
+        bounds=(float(left), float(right), float(bottom), float(top)),
+        **_smallest(smallest),
+        precision=settings.precision,
+    )
+    return y, logdet.to(inputs.dtype)
+
+
+def packed(
+    settings: Settings,
+    inputs: Any,
+    params: Any,
+    bins: Any,
+    inverse: Any,
+    tails: str | None,
+    tail_bound: Any,
+    smallest: tuple[Any, Any, Any],
+    hidden: Any,
+    logdet: str,
+) -> Any:
+    """The same with all parameters in one tensor [*inputs.shape, P] and the logits over sqrt(hidden), as a conditioner
+    of `hidden` features wants it. Declined without a reason: the peer's own code goes on to the function for separate
+    parameters, which has one.
+    """
+    if unfit(inputs, params) or tails not in (None, "linear", "circular") or not isinstance(inverse, bool):
+        return Declined()
+    if type(bins) is not int or not number(hidden) or (tails and not number(tail_bound)):
+        return Declined()
+    extra = BEYOND[tails or "bounded"]
+    if _wrong_sizes(bins, smallest) or params.shape != (*inputs.shape, 3 * bins + extra):
+        return Declined()
+    bound = float(tail_bound) if tails else 0.0
+    y, total = pyperf_dl.rational_quadratic_spline_packed(
+        inputs,
+        params,
+        bins,
+        inverse=inverse,
+        tails=tails or "bounded",
+        bounds=(-bound, bound, -bound, bound) if tails else (0.0, 1.0, 0.0, 1.0),
+        **_smallest(smallest),
+        logit_scale=hidden**-0.5,
+        logdet=logdet,
+        precision=settings.precision,
+    )
+    return y, total.to(inputs.dtype)
+
+
+def _smallest(smallest: tuple[Any, Any, Any]) -> dict[str, float]:
+    names = ("min_bin_width", "min_bin_height", "min_derivative")
+    return dict(zip(names, map(float, smallest), strict=True))
+
+
+# ---- stand-ins ----
+
+
+def unconstrained_rational_quadratic_spline(
+    settings: Settings,
+    inputs: Any,
+    unnormalized_widths: Any,
+    unnormalized_heights: Any,
+    unnormalized_derivatives: Any,
+    inverse: Any = False,
+    tails: Any = "linear",
+    tail_bound: Any = 1.0,
+    min_bin_width: Any = 1e-3,
+    min_bin_height: Any = 1e-3,
+    min_derivative: Any = 1e-3,
+) -> Any:
+    if tails != "linear" or not number(tail_bound):
+        return Declined("arguments")
+    return separate(
+        settings,
+        inputs,
+        unnormalized_widths,
+        unnormalized_heights,
+        unnormalized_derivatives,
+        inverse,
+        "linear",
+        (-tail_bound, tail_bound, -tail_bound, tail_bound),
+        (min_bin_width, min_bin_height, min_derivative),
+    )
+
+
+def rational_quadratic_spline(
+    settings: Settings,
+    inputs: Any,
+    unnormalized_widths: Any,
+    unnormalized_heights: Any,
+    unnormalized_derivatives: Any,
+    inverse: Any = False,
+    left: Any = 0.0,
+    right: Any = 1.0,
+    bottom: Any = 0.0,
+    top: Any = 1.0,
+    min_bin_width: Any = 1e-3,
+    min_bin_height: Any = 1e-3,
+    min_derivative: Any = 1e-3,
+) -> Any:
+    return separate(
+        settings,
+        inputs,
+        unnormalized_widths,
+        unnormalized_heights,
+        unnormalized_derivatives,
+        inverse,
+        "bounded",
+        (left, right, bottom, top),
+        (min_bin_width, min_bin_height, min_derivative),
+    )
+
+
+def piecewise_cdf(settings: Settings, self: Any, inputs: Any, transform_params: Any, inverse: Any = False) -> Any:
+    """Of a coupling layer, elementwise. transform_params: [*inputs.shape, P], a view in any layout"""
+    net = self.transform_net
+    hidden = getattr(net, "hidden_features", None)
+    return packed(
+        settings,
+        inputs,
+        transform_params,
+        self.num_bins,
+        inverse,
+        self.tails,
+        self.tail_bound,
+        (self.min_bin_width, self.min_bin_height, self.min_derivative),
+        getattr(net, "hidden_channels", None) if hidden is None else hidden,
+        "elementwise",
+    )
+
+
+def elementwise(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any, inverse: Any = False) -> Any:
+    """Of an autoregressive layer, log-det summed. inputs: [B, D], autoregressive_params: [B, D * P]"""
+    if unfit(inputs, autoregressive_params) or inputs.dim() != 2:
+        return Declined()
+    return packed(
+        settings,
+        inputs,
+        autoregressive_params.view(*inputs.shape, self._output_dim_multiplier()),
+        self.num_bins,
+        inverse,
+        self.tails,
+        self.tail_bound,
+        (self.min_bin_width, self.min_bin_height, self.min_derivative),
+        getattr(self.autoregressive_net, "hidden_features", None),
+        "sum",
+    )
+
+
+def serve_nflows(peer: Peer, package: str, affine: Callable[[Any, Any, Any, bool], Any]) -> None:
+    """Stands in for what nflows has, under the name that it goes by. `affine(layer, inputs, transform_params, inverse)`
+    serves affine layers, additive ones apart."""
+    splines = f"{package}.transforms.splines.rational_quadratic"
+    coupling = f"{package}.transforms.coupling"
+    autoregressive = f"{package}.transforms.autoregressive"
+    additive_rule = (coupling, "AdditiveCouplingTransform._scale_and_shift")
+
+    def serve(self: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
+        rule = type(self)._scale_and_shift
+        if (rule.__module__, rule.__qualname__) == additive_rule:
+            return _additive(inputs, transform_params, inverse)
+        return affine(self, inputs, transform_params, inverse)
+
+    peer.replaces(splines, "unconstrained_rational_quadratic_spline")(unconstrained_rational_quadratic_spline)
+    peer.replaces(splines, "rational_quadratic_spline")(rational_quadratic_spline)
+    peer.replaces(coupling, "PiecewiseRationalQuadraticCouplingTransform._piecewise_cdf")(piecewise_cdf)
+    peer.replaces(autoregressive, "MaskedPiecewiseRationalQuadraticAutoregressiveTransform._elementwise")(elementwise)
+
+    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_forward")
+    def forward(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
+        return serve(self, inputs, transform_params, False)
+
+    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_inverse")
+    def inverse(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
+        return serve(self, inputs, transform_params, True)
+
+    @peer.replaces(
+        autoregressive,
+        "MaskedAffineAutoregressiveTransform._elementwise_forward",
+        "MaskedAffineAutoregressiveTransform._elementwise_inverse",
+    )
+    def elementwise_affine(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any) -> Any:
+        return Declined("scale with a floor")
+
+
+def _additive(inputs: Any, shift: Any, inverse: bool) -> Any:
+    why = unfit(inputs, shift)
+    if why:
+        return Declined(why)
+    if inputs.dim() < 2 or shift.shape != inputs.shape:
+        return Declined("shape")
+    y, logdet = pyperf_dl.additive_coupling(inputs, shift, inverse=inverse)
+    return y, logdet.to(inputs.dtype)

@@ -1,0 +1,244 @@
+"""pyperf_dl.integrations.glasflow beside glasflow itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peer_flows import (
+    assert_flow_as_accurate,
+    assert_overlays,
+    assert_same,
+    assert_signatures,
+    assert_versions_are_checked,
+    density_and_gradients,
+    three_runs,
+    training_curves,
+)
+
+pytest.importorskip("glasflow", reason="glasflow is not installed")
+from glasflow import CouplingNSF, RealNVP
+from glasflow.nflows.transforms import autoregressive, coupling, splines
+from glasflow.nflows.transforms.base import InputOutsideDomain
+
+from pyperf_dl.integrations import glasflow, nflows
+
+FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
+METHODS = (
+    (coupling.PiecewiseRationalQuadraticCouplingTransform, "_piecewise_cdf"),
+    (coupling.AffineCouplingTransform, "_coupling_transform_forward"),
+    (coupling.AffineCouplingTransform, "_coupling_transform_inverse"),
+    (autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, "_elementwise"),
+)
+
+
+def current():
+    found = {(m.__name__, f): getattr(m, f) for m in (splines, autoregressive) for f in FUNCTIONS}
+    return found | {(owner.__name__, name): vars(owner)[name] for owner, name in METHODS}
+
+
+THEIRS = current()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    glasflow.disable()
+    glasflow.report(reset=True)
+    yield
+    glasflow.disable()
+    assert current() == THEIRS
+
+
+def spread(module, by=0.3):
+    """Random weights everywhere: layers of nflows end near the identity, where every spline is a line."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn(p.shape))
+    return module
+
+
+def autoregressive_flow():
+    flow = CouplingNSF(4, 1)
+    layer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+        4, 16, tails="linear", tail_bound=2.0
+    )
+    flow._transform._transforms[0] = layer
+    return flow
+
+
+FLOWS = {
+    "NSF": lambda: CouplingNSF(4, 2, n_neurons=16, num_bins=8, tail_bound=3.0),
+    "NSF with a linear transform": lambda: CouplingNSF(4, 2, linear_transform="lu", batch_norm_between_transforms=True),
+    "NSF on a uniform base": lambda: CouplingNSF(4, 2, n_neurons=16, distribution="uniform"),
+    "NICE": lambda: RealNVP(4, 2, n_neurons=16, volume_preserving=True),
+    "RealNVP log2": lambda: RealNVP(4, 2, n_neurons=16, scale_activation="log2"),
+    "RealNVP log1.5": lambda: RealNVP(4, 2, n_neurons=16, scale_activation="log1.5"),
+    "autoregressive": autoregressive_flow,
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    flow = spread(FLOWS[name](), 0.2)
+    return flow.eval(), 1 if name == "autoregressive" else 2
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_density_and_gradients(name):
+    flow, calls = make(name)
+    x = torch.rand(2000, 4) if "uniform" in name else torch.randn(2000, 4)
+
+    def log_prob(f, x):
+        z, logdet = f._transform(x)
+        return logdet - z.square().sum(1)
+
+    assert_flow_as_accurate(*three_runs(density_and_gradients(log_prob), flow, glasflow, x))
+    assert glasflow.report() == (calls, {})
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_samples(name):
+    flow, calls = make(name)
+    torch.manual_seed(1)
+    noise = flow._distribution.sample(1000)
+
+    def run(flow, noise):
+        x, logdet = flow._transform.inverse(noise)
+        return {"x": x.detach(), "logdet": logdet.detach()}
+
+    truth, theirs, ours = three_runs(run, flow, glasflow, noise)
+    assert_flow_as_accurate(truth, theirs, ours)
+    assert glasflow.report() == (calls * (4 if name == "autoregressive" else 1), {})
+    for on in (False, True):
+        torch.manual_seed(1)
+        with glasflow.enable() if on else torch.no_grad():
+            assert torch.equal(flow.sample(1000), (ours if on else theirs)["x"])
+
+
+def test_training():
+    torch.manual_seed(0)
+    moons = [torch.stack([x := torch.randn(128), x**2 / 2 + 0.3 * torch.randn(128)], 1) for _ in range(20)]
+    flow = CouplingNSF(2, 2, n_neurons=16, num_bins=8, tail_bound=4.0)
+    assert_overlays(*training_curves(flow, moons, lambda f, x: -f.log_prob(x).mean(), glasflow))
+    assert glasflow.report() == (40, {})
+
+
+def test_outside_the_domain():
+    flow, x = make("NSF on a uniform base")[0], torch.tensor([[-0.5, 0.2, 1.5, 0.3]])
+    with pytest.raises(InputOutsideDomain):
+        flow.log_prob(x)
+    with glasflow.enable():
+        z, logdet = flow._transform(x)
+        back, inverse = flow._transform.inverse(z)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse, -logdet, rtol=1e-4, atol=1e-4)
+
+
+def test_the_inverse_never_fails():
+    torch.manual_seed(0)
+    params = [(30 * torch.randn(50_000, k)).requires_grad_() for k in (8, 8, 7)]
+    y = (6 * torch.rand(50_000) - 3).requires_grad_()
+
+    def call():
+        return splines.unconstrained_rational_quadratic_spline(y, *params, inverse=True, tail_bound=3.0)
+
+    assert not torch.stack(call()).isfinite().all()
+    with glasflow.enable():
+        x, logabsdet = call()
+    for t in (x, logabsdet, *torch.autograd.grad((x + logabsdet).sum(), [y, *params])):
+        assert t.isfinite().all()
+
+
+def test_nothing_is_read_from_the_device():
+    x = torch.empty(5, 4, device="meta")
+    with glasflow.enable():
+        for name in ("NSF", "NICE", "RealNVP log2", "autoregressive"):
+            assert make(name)[0].to("meta")._transform(x)[1].shape == (5,)
+    assert glasflow.report() == (7, {})
+
+
+@pytest.mark.parametrize("name", ["NSF", "RealNVP log2"])
+def test_compiles_whole(name):
+    torch._dynamo.reset()
+    flow, graphs, x = make(name)[0]._transform, [], torch.randn(6, 4)
+    want = flow(x)
+    with glasflow.enable():
+        got = torch.compile(flow, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)(x)
+    assert len(graphs) == 1
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+class Own(coupling.AffineCouplingTransform):
+    def _scale_and_shift(self, transform_params):
+        scale, shift = super()._scale_and_shift(transform_params)
+        return scale + 1, shift
+
+
+def layer(kind, activation):
+    torch.manual_seed(0)
+    return kind([1, 0], lambda i, o: torch.nn.Linear(i, o).requires_grad_(False), scale_activation=activation)
+
+
+def couple(kind, activation, dtype=torch.float32, parameters=2):
+    params = torch.ones(3, parameters, dtype=dtype)
+    return layer(kind, activation)._coupling_transform_forward(torch.ones(3, 1), params)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: make("NSF")[0] and RealNVP(2, 1).eval().log_prob(torch.ones(3, 2)) * 0, "scale with a floor"),
+        (lambda: couple(coupling.AffineCouplingTransform, torch.exp), "scale with a floor"),
+        (lambda: couple(Own, torch.exp), "subclass"),
+        (lambda: couple(coupling.AffineCouplingTransform, log(2), torch.float64), "dtype"),
+        (lambda: couple(coupling.AffineCouplingTransform, log(2), parameters=3), "shape"),
+        (lambda: couple(coupling.AffineCouplingTransform, log(-1)), "arguments"),
+    ],
+)
+def test_falls_back(call, why):
+    assert_same(call, glasflow, 0, **{why.replace(" ", "_"): 1})
+
+
+def log(n):
+    from glasflow.transforms.utils import get_scale_activation
+
+    return get_scale_activation(f"log{n}")
+
+
+# ---- beginning and end ----
+
+
+def test_enable_and_disable():
+    glasflow.enable()
+    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
+    glasflow.enable(precision="exact")
+    glasflow.disable()
+    assert current() == THEIRS
+
+
+def test_nflows_is_another_peer():
+    pytest.importorskip("nflows", reason="nflows is not installed")
+    flow, calls = make("NSF")
+    with nflows.enable():
+        flow.log_prob(torch.ones(3, 4))
+        with glasflow.enable():
+            flow.log_prob(torch.ones(3, 4))
+    assert glasflow.report() == (calls, {})
+
+
+def test_glasflow_on_an_installed_nflows():
+    pytest.importorskip("nflows", reason="nflows is not installed")
+    code = "from pyperf_dl.integrations import glasflow; glasflow.enable()"
+    environment = {**os.environ, "GLASFLOW_USE_NFLOWS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: glasflow.enable: glasflow must run on its own fork of nflows, got GLASFLOW_USE" in done.stderr
+
+
+def test_stand_ins_have_the_signatures():
+    assert_signatures(glasflow)
+
+
+def test_other_versions(monkeypatch):
+    assert_versions_are_checked(glasflow, monkeypatch, "glasflow", ["0.4.0", "0.4.1"], ["0.3.1", "0.5.0", "1.0"])

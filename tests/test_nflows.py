@@ -1,0 +1,448 @@
+"""pyperf_dl.integrations.nflows beside nflows itself."""
+
+import inspect
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from peer_flows import (
+    assert_as_accurate,
+    assert_flow_as_accurate,
+    assert_overlays,
+    assert_same,
+    assert_signatures,
+    assert_versions_are_checked,
+    density_and_gradients,
+    three_runs,
+    training_curves,
+    values_and_gradients,
+)
+from torch import nn
+
+pytest.importorskip("nflows", reason="nflows is not installed")
+from nflows import transforms
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from nflows.nn.nets import ConvResidualNet, ResidualNet
+from nflows.transforms import autoregressive, coupling, splines
+from nflows.transforms.splines import rational_quadratic
+
+from pyperf_dl.integrations import nflows
+
+FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
+METHODS = (
+    (coupling.PiecewiseRationalQuadraticCouplingTransform, "_piecewise_cdf"),
+    (coupling.AffineCouplingTransform, "_coupling_transform_forward"),
+    (coupling.AffineCouplingTransform, "_coupling_transform_inverse"),
+    (autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, "_elementwise"),
+    (autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_forward"),
+    (autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_inverse"),
+)
+
+
+def current():
+    """What is swapped, by where it is found."""
+    found = {(m.__name__, f): getattr(m, f) for m in (rational_quadratic, splines, autoregressive) for f in FUNCTIONS}
+    return found | {(owner.__name__, name): vars(owner)[name] for owner, name in METHODS}
+
+
+THEIRS = current()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    nflows.disable()
+    nflows.report(reset=True)
+    yield
+    nflows.disable()
+    assert current() == THEIRS
+
+
+def spread(module, by=0.3):
+    """Random weights everywhere: layers of nflows end near the identity, where every spline is a line."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn(p.shape))
+    return module
+
+
+def net(inputs, outputs):
+    return ResidualNet(inputs, outputs, hidden_features=16)
+
+
+def flow(*layers, features=4):
+    torch.manual_seed(0)
+    return spread(Flow(transforms.CompositeTransform([layer() for layer in layers]), StandardNormal([features])))
+
+
+def spline_coupling(**how):
+    how = {"num_bins": 8, "tails": "linear", "tail_bound": 3.0} | how
+    return coupling.PiecewiseRationalQuadraticCouplingTransform([1, 0, 1, 0], net, **how)
+
+
+def spline_autoregressive(**how):
+    how = {"num_bins": 5, "tails": "linear", "tail_bound": 2.0} | how
+    return autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 16, **how)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", ["linear", None])
+def test_the_functions(tails, inverse):
+    torch.manual_seed(0)
+    x = torch.randn(8_000) if tails else torch.rand(8_000)
+    params = [torch.randn(8_000, k) for k in (8, 8, 7 if tails else 9)]
+
+    def function(x, *params):
+        if tails:
+            return splines.unconstrained_rational_quadratic_spline(x, *params, inverse=inverse, tail_bound=2.0)
+        return splines.rational_quadratic_spline(x, *params, inverse=inverse)
+
+    assert_as_accurate(*three_runs(values_and_gradients(function), nn.Module(), nflows, x, *params))
+    assert nflows.report() == (1, {})
+
+
+FLOWS = {
+    "coupling": (
+        lambda: flow(spline_coupling, lambda: transforms.ReversePermutation(4), spline_coupling),
+        2,
+    ),
+    "unconditional": (lambda: flow(lambda: spline_coupling(apply_unconditional_transform=True)), 2),
+    "autoregressive": (lambda: flow(spline_autoregressive, spline_autoregressive), 2),
+    "without tails": (
+        lambda: flow(
+            lambda: spline_coupling(tails=None, apply_unconditional_transform=True),
+            lambda: spline_autoregressive(tails=None),
+        ),
+        3,
+    ),
+    "additive": (
+        lambda: flow(lambda: coupling.AdditiveCouplingTransform([1, 0, 1, 0], net), spline_coupling),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_density_and_gradients(name):
+    make, calls = FLOWS[name]
+    torch.manual_seed(2)
+    x = torch.rand(2000, 4) if name == "without tails" else 1.5 * torch.randn(2000, 4)
+    assert_flow_as_accurate(*three_runs(density_and_gradients(lambda f, x: f.log_prob(x)), make(), nflows, x))
+    assert nflows.report() == (calls, {})
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_samples(name):
+    model = FLOWS[name][0]()
+    torch.manual_seed(1)
+    noise = torch.rand(1000, 4) if name == "without tails" else model._distribution.sample(1000)
+
+    def run(model, noise):
+        x, logabsdet = model._transform.inverse(noise)
+        return {"x": x.detach(), "logabsdet": logabsdet.detach()}
+
+    truth, theirs, ours = three_runs(run, model, nflows, noise)
+    assert_flow_as_accurate(truth, theirs, ours)
+    if name == "without tails":  # what the base draws is outside the domain
+        return
+    for on in (False, True):
+        torch.manual_seed(1)
+        with nflows.enable() if on else torch.no_grad():
+            assert torch.equal(model.sample(1000), (ours if on else theirs)["x"])
+
+
+def test_images():
+    torch.manual_seed(0)
+    layer = spread(
+        coupling.PiecewiseRationalQuadraticCouplingTransform(
+            [1, 0, 1], lambda i, o: ConvResidualNet(i, o, 8), num_bins=4, tails="linear", tail_bound=2.0
+        )
+    )
+    x = torch.randn(8, 3, 6, 5)
+    for direction in (layer.forward, layer.inverse):
+        run = density_and_gradients(lambda model, x, d=direction.__name__: sum(t.sum() for t in getattr(model, d)(x)))
+        truth, theirs, ours = three_runs(run, layer, nflows, x)
+        assert_flow_as_accurate(truth, theirs, ours, ["gradient of x", "gradients of parameters"])
+    assert nflows.report() == (2, {})
+
+
+def test_exact():
+    torch.manual_seed(0)
+    x = 1.5 * torch.randn(4000, 4)
+    layer = spread(spline_coupling(num_bins=16), 1.0)
+
+    def run(model, x):
+        return {"logabsdet": model(x)[1].detach()}
+
+    truth, theirs, ours = three_runs(run, layer, nflows, x, precision="exact")
+    assert_flow_as_accurate(truth, theirs, ours)
+    assert nflows.report().taken == 1
+
+
+def test_training():
+    torch.manual_seed(0)
+    moons = [torch.stack([x := torch.randn(128), x**2 / 2 + 0.3 * torch.randn(128)], 1) for _ in range(20)]
+
+    def layer(mask):
+        return lambda: coupling.PiecewiseRationalQuadraticCouplingTransform(
+            mask, net, num_bins=8, tails="linear", tail_bound=4.0
+        )
+
+    model = Flow(transforms.CompositeTransform([layer([1, 0])(), layer([0, 1])()]), StandardNormal([2]))
+    assert_overlays(*training_curves(model, moons, lambda f, x: -f.log_prob(x).mean(), nflows))
+    assert nflows.report() == (40, {})
+
+
+# ---- where nflows fails ----
+
+
+def rough_parameters(n, bins=8):
+    torch.manual_seed(0)
+    return (30 * torch.randn(n, k) for k in (bins, bins, bins - 1))
+
+
+def test_the_inverse_never_fails():
+    params = [p.requires_grad_() for p in rough_parameters(50_000)]
+    y = (6 * torch.rand(50_000) - 3).requires_grad_()
+
+    def call():
+        return rational_quadratic.unconstrained_rational_quadratic_spline(y, *params, inverse=True, tail_bound=3.0)
+
+    assert not torch.stack(call()).isfinite().all()
+    with nflows.enable():
+        x, logabsdet = call()
+    for t in (x, logabsdet, *torch.autograd.grad((x + logabsdet).sum(), [y, *params])):
+        assert t.isfinite().all()
+
+
+def test_a_whole_flow_with_rough_parameters():
+    model = spread(flow(spline_coupling, spline_coupling), 3.0)
+    with nflows.enable():
+        x = model.sample(20_000)
+        assert x.isfinite().all()
+        assert model.log_prob(x).isfinite().all()
+
+
+def test_outside_the_domain():
+    layer = spline_coupling(tails=None)
+    x = torch.tensor([[-0.5, 0.2, 1.5, 0.3]])
+    with pytest.raises(transforms.base.InputOutsideDomain):
+        layer(x)
+    with nflows.enable():
+        y, logabsdet = layer(x)
+        back, inverse = layer.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse, -logabsdet)
+
+
+def test_nothing_is_read_from_the_device():
+    model, x = flow(spline_coupling, spline_autoregressive).to("meta"), torch.empty(5, 4, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model.log_prob(x)
+    with nflows.enable():
+        assert model.log_prob(x).shape == (5,)
+        assert model._transform.inverse(x)[0].shape == (5, 4)
+
+
+# ---- what goes to nflows ----
+
+
+def unconstrained(x=None, bins=8, derivatives=7, dtype=torch.float32, **how):
+    torch.manual_seed(0)
+    shape = (3, 4)
+    params = [torch.randn(*shape, k).to(dtype) for k in (bins, bins, derivatives)]
+    return rational_quadratic.unconstrained_rational_quadratic_spline(
+        torch.randn(shape) if x is None else x, *params, **how
+    )
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+class Own(coupling.AdditiveCouplingTransform):
+    def _scale_and_shift(self, transform_params):
+        return torch.full_like(transform_params, 2.0), transform_params
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: unconstrained(tails="cubic"), "arguments"),
+        (lambda: unconstrained(tail_bound=torch.tensor(2.0)), "arguments"),
+        (lambda: unconstrained(tail_bound=-2.0), "arguments"),
+        (lambda: unconstrained(inverse=1), "arguments"),
+        (lambda: unconstrained(derivatives=9), "number of derivatives"),
+        (lambda: unconstrained(derivatives=5), "number of derivatives"),
+        (lambda: unconstrained(min_bin_width=0.2), "smallest sizes"),
+        (lambda: unconstrained(min_derivative=0.0), "smallest sizes"),
+        (lambda: unconstrained(x=torch.zeros(4)), "shape"),
+        (lambda: unconstrained(dtype=torch.float64), "dtype"),
+        (lambda: unconstrained(x=torch.zeros(3, 4).as_subclass(Tagged)), "not a plain tensor"),
+        (lambda: unconstrained(bins=257, derivatives=256), "number of bins"),
+        (lambda: splines.rational_quadratic_spline(*(torch.rand(5, k) for k in (5, 4, 4, 5))), "shape"),
+        (lambda: splines.rational_quadratic_spline(torch.rand(5), *3 * [torch.rand(5, 4)]), "number of derivatives"),
+        (lambda: coupling.AffineCouplingTransform([1, 0], net)(torch.ones(2, 2))[0] * 0, "scale with a floor"),
+        (lambda: Own([1, 0], net)(torch.ones(2, 2))[0] * 0, "scale with a floor"),
+        (
+            lambda: autoregressive.MaskedAffineAutoregressiveTransform(2, 4)(torch.ones(2, 2))[0] * 0,
+            "scale with a floor",
+        ),
+    ],
+)
+def test_falls_back(call, why):
+    assert_same(call, nflows, 0, **{why.replace(" ", "_"): 1})
+
+
+def test_a_conditioner_without_a_width():
+    """nflows warns and leaves the logits as they are."""
+    layer = coupling.PiecewiseRationalQuadraticCouplingTransform([1, 0], nn.Linear, tails="linear")
+    layer.transform_net.forward = lambda x, context: nn.functional.linear(
+        x, layer.transform_net.weight, layer.transform_net.bias
+    )
+    x = torch.randn(50, 2)
+    with pytest.warns(UserWarning, match="not scaled down"):
+        want = layer(x)
+    with nflows.enable(), pytest.warns(UserWarning, match="not scaled down"):
+        torch.testing.assert_close(layer(x), want)
+    assert nflows.report() == (1, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    torch.manual_seed(0)
+    x, *params = (torch.randn(*shape).to(dtype) for shape in ((200,), (200, 8), (200, 8), (200, 7)))
+    want = splines.unconstrained_rational_quadratic_spline(x.double(), *(p.double() for p in params), tail_bound=2.0)
+    with nflows.enable():
+        got = splines.unconstrained_rational_quadratic_spline(x, *params, tail_bound=2.0)
+    assert nflows.report() == (1, {})
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype))
+
+
+def test_autocast():
+    layer, x = spline_coupling(), torch.randn(20, 4)
+    want = layer(x)
+    with nflows.enable(), torch.autocast("cpu", torch.bfloat16):
+        y, logabsdet = layer(x)
+    assert nflows.report() == (1, {})
+    assert y.dtype == logabsdet.dtype == torch.float32
+    torch.testing.assert_close(y, want[0], rtol=0.02, atol=0.02)
+
+
+# ---- beginning and end ----
+
+
+def test_every_name_is_swapped_and_restored():
+    late = types.ModuleType("late")
+    nflows.enable()
+    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
+    for f in FUNCTIONS:
+        assert getattr(rational_quadratic, f) is getattr(splines, f) is getattr(autoregressive, f)
+        assert inspect.signature(getattr(splines, f)) == inspect.signature(THEIRS["nflows.transforms.splines", f])
+    sys.modules["late"] = late
+    late.spline = splines.rational_quadratic_spline  # imported while ours was there
+    try:
+        nflows.enable(precision="exact")
+        nflows.disable()
+        assert current() == THEIRS
+        assert late.spline is splines.rational_quadratic_spline
+    finally:
+        del sys.modules["late"]
+    nflows.disable()
+    with pytest.raises(KeyError), nflows.enable():
+        raise KeyError
+    assert current() == THEIRS
+
+
+def test_stand_ins_have_the_signatures():
+    assert_signatures(nflows)
+
+
+def test_blocks_nest_and_end_in_any_order():
+    layer, x = spline_coupling(), torch.randn(5, 4)
+    first = nflows.enable()
+    second = nflows.enable(precision="exact")
+    assert nflows._peer.settings.precision == "exact"
+    first.__exit__(None, None, None)
+    layer(x)
+    assert nflows.report(reset=True).taken == 1
+    second.__exit__(None, None, None)
+    assert current() == THEIRS
+    with first, first:
+        layer(x)
+    assert current() == THEIRS
+    assert nflows.report().taken == 1
+
+
+def test_threads():
+    layer, x, wrong = spline_coupling(), torch.randn(50, 4), []
+    want = layer(x)[0].detach()
+
+    def work():
+        for _ in range(20):
+            with nflows.enable():
+                if not torch.allclose(layer(x)[0], want, rtol=1e-4, atol=1e-4):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert current() == THEIRS
+    assert nflows.report() == (80, {})
+
+
+def test_functions_of_others_stay():
+    nflows.enable()
+    ours = splines.rational_quadratic_spline
+    try:
+        splines.rational_quadratic_spline = theirs = lambda *args, **kwargs: ours(*args, **kwargs)
+        nflows.disable()
+        assert splines.rational_quadratic_spline is theirs
+        spline_args = [torch.rand(5), *(torch.rand(5, k) for k in (4, 4, 5))]
+        theirs(*spline_args)
+        assert nflows.report().taken == 0
+        with nflows.enable():
+            assert splines.rational_quadratic_spline is theirs
+            theirs(*spline_args)
+        assert nflows.report().taken == 1
+    finally:
+        splines.rational_quadratic_spline = THEIRS["nflows.transforms.splines", "rational_quadratic_spline"]
+
+
+def test_other_versions(monkeypatch):
+    assert_versions_are_checked(nflows, monkeypatch, "nflows", ["0.14", "0.14.1"], ["0.13", "0.15", "1.0.dev0", "?"])
+    with pytest.raises(ValueError, match=r"nflows\.enable: precision must be one of 'fast', 'exact', got 'double'"):
+        nflows.enable(precision="double")
+
+
+# ---- compilers and transforms ----
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model, x = flow(spline_coupling, spline_coupling), torch.randn(6, 4)
+    want = model.log_prob(x)
+    graphs = []
+    compiled = torch.compile(model._transform, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)
+    with nflows.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y, logabsdet = compiled(x)
+    assert len(graphs) == 1
+    torch.testing.assert_close(model._distribution.log_prob(y) + logabsdet, want, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_function_transforms():
+    layer, x = spline_coupling(), torch.randn(6, 1, 4)
+    want = torch.stack([layer(row)[0] for row in x])
+    with nflows.enable():
+        got = torch.func.vmap(lambda row: layer(row)[0])(x)
+    torch.testing.assert_close(got, want)

@@ -1,0 +1,337 @@
+"""pyperf_dl.integrations.normflows beside normflows itself."""
+
+import inspect
+
+import pytest
+import torch
+from peer_flows import (
+    assert_as_accurate,
+    assert_flow_as_accurate,
+    assert_overlays,
+    assert_same,
+    assert_signatures,
+    assert_versions_are_checked,
+    density_and_gradients,
+    three_runs,
+    training_curves,
+    values_and_gradients,
+)
+from torch import nn
+
+pytest.importorskip("normflows", reason="normflows is not installed")
+import normflows as nf
+from normflows.flows import affine, neural_spline
+from normflows.utils import splines
+
+from pyperf_dl.integrations import normflows
+
+FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
+METHODS = (
+    (neural_spline.coupling.PiecewiseRationalQuadraticCoupling, "_piecewise_cdf"),
+    (neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive, "_elementwise"),
+    (affine.coupling.AffineCoupling, "forward"),
+    (affine.coupling.AffineCoupling, "inverse"),
+)
+
+
+def current():
+    return {f: getattr(splines, f) for f in FUNCTIONS} | {
+        (owner.__name__, name): vars(owner)[name] for owner, name in METHODS
+    }
+
+
+THEIRS = current()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    normflows.disable()
+    normflows.report(reset=True)
+    yield
+    normflows.disable()
+    assert current() == THEIRS
+
+
+def spread(module, by=0.3):
+    """Random weights everywhere: layers of normflows begin as the identity."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn(p.shape))
+    return module
+
+
+def unconstrained(x, *params, **how):
+    return splines.unconstrained_rational_quadratic_spline(x, *params, **how)
+
+
+# ---- splines ----
+
+LIST = ["linear", "circular", "circular", "linear"]
+RULES = {  # tails, tail bound, derivatives beyond the number of bins
+    "linear": ("linear", 2.0, -1),
+    "circular": ("circular", 2.0, 0),
+    "by feature": (LIST, 2.0, 1),
+    "bounds by feature": ("linear", torch.tensor([1.0, 2.0, 3.0, 0.5]), -1),
+    "both by feature": (LIST, torch.tensor([1.0, 2.0, 3.0, 0.5]), 1),
+}
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_splines(rule, inverse):
+    tails, bound, beyond = RULES[rule]
+    torch.manual_seed(0)
+    x, params = torch.randn(2_000, 4), [torch.randn(2_000, 4, k) for k in (8, 8, 8 + beyond)]
+
+    def function(x, *params):
+        b = bound.to(x.dtype) if isinstance(bound, torch.Tensor) else bound
+        return unconstrained(x, *params, inverse=inverse, tails=tails, tail_bound=b)
+
+    assert_as_accurate(*three_runs(values_and_gradients(function), nn.Module(), normflows, x, *params))
+    assert normflows.report() == (1, {})
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_splines_without_tails(inverse):
+    torch.manual_seed(0)
+    x, params = torch.rand(8_000), [torch.randn(8_000, k) for k in (8, 8, 9)]
+
+    def function(x, *params):
+        return splines.rational_quadratic_spline(x, *params, inverse=inverse)
+
+    assert_as_accurate(*three_runs(values_and_gradients(function), nn.Module(), normflows, x, *params))
+    assert normflows.report() == (1, {})
+
+
+def test_what_is_outside():
+    params = [torch.ones(3, 2, k) for k in (4, 4, 5)]
+    x = torch.tensor([[-9.0, 0.5], [0.5, 9.0], [torch.inf, -torch.inf]])
+    for how in ({"tails": ["linear", "circular"]}, {"tails": ["circular"] * 2, "tail_bound": torch.tensor([2.0, 3.0])}):
+        want = unconstrained(x, *params, **how)
+        with normflows.enable():
+            torch.testing.assert_close(unconstrained(x, *params, **how), want)
+
+
+# ---- flows ----
+
+
+def glow(scale=True, scale_map="sigmoid", split_mode="channel"):
+    blocks = [nf.flows.GlowBlock(4, 8, scale=scale, scale_map=scale_map, split_mode=split_mode) for _ in range(2)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 4, 4), trainable=False), blocks)
+    model.log_prob(torch.randn(8, 4, 4, 4))  # ActNorm takes its statistics
+    return spread(model, 0.05)
+
+
+def vectors(*layers):
+    return spread(nf.NormalizingFlow(nf.distributions.DiagGaussian(4, trainable=False), list(layers)))
+
+
+def affine_block():
+    mlp = nf.nets.MLP([2, 16, 4], init_zeros=True)
+    return nf.flows.AffineCouplingBlock(mlp)
+
+
+FLOWS = {  # and the calls in one direction
+    "coupling": (
+        lambda: vectors(*(nf.flows.CoupledRationalQuadraticSpline(4, 1, 16, reverse_mask=b) for b in (True, False))),
+        4,
+    ),
+    "autoregressive": (lambda: vectors(nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 16)), 1),
+    "circular coupling": (lambda: vectors(nf.flows.CircularCoupledRationalQuadraticSpline(4, 1, 16, [0, 1])), 2),
+    "circular autoregressive": (
+        lambda: vectors(nf.flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 16, [1, 2])),
+        1,
+    ),
+    "affine": (lambda: vectors(affine_block(), nf.flows.Permute(4), affine_block()), 2),
+    "glow": (glow, 2),
+    "glow exp": (lambda: glow(scale_map="exp"), 2),
+    "glow sigmoid_inv": (lambda: glow(scale_map="sigmoid_inv", split_mode="checkerboard"), 2),
+    "glow additive": (lambda: glow(scale=False), 2),
+}
+
+
+def shape_of(name):
+    return (64, 4, 4, 4) if "glow" in name else (2000, 4)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_density_and_gradients(name):
+    make, calls = FLOWS[name]
+    torch.manual_seed(0)
+    run = density_and_gradients(lambda model, x: model.log_prob(x))
+    assert_flow_as_accurate(*three_runs(run, make(), normflows, torch.randn(shape_of(name))))
+    assert normflows.report() == (calls, {})
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_samples(name):
+    make, calls = FLOWS[name]
+    torch.manual_seed(0)
+    model = make()
+
+    def run(model, z):
+        total = 0
+        for layer in model.flows:
+            z, logdet = layer(z)
+            total = total + logdet
+        return {"x": z.detach(), "logdet": total.detach()}
+
+    torch.manual_seed(1)
+    z, _ = model.q0(shape_of(name)[0])
+    truth, theirs, ours = three_runs(run, model, normflows, z)
+    assert_flow_as_accurate(truth, theirs, ours)
+    passes = 4 if name.endswith("autoregressive") else 1
+    assert normflows.report(reset=True) == (calls * passes, {})
+    for on in (False, True):
+        with normflows.enable() if on else torch.no_grad():
+            torch.manual_seed(1)
+            x, _ = model.sample(len(z))
+            assert torch.equal(x, (ours if on else theirs)["x"])
+
+
+def test_training():
+    torch.manual_seed(0)
+    moons = [torch.stack([x := torch.randn(128), x**2 / 2 + 0.3 * torch.randn(128)], 1) for _ in range(20)]
+    layers = [nf.flows.CoupledRationalQuadraticSpline(2, 1, 16, tail_bound=4.0, reverse_mask=b) for b in (True, False)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(2, trainable=False), layers)
+    assert_overlays(*training_curves(model, moons, lambda f, x: -f.log_prob(x).mean(), normflows))
+    assert normflows.report() == (80, {})
+
+
+# ---- where normflows fails ----
+
+
+def test_the_inverse_never_fails():
+    torch.manual_seed(0)
+    params = [(30 * torch.randn(50_000, k)).requires_grad_() for k in (8, 8, 7)]
+    y = (6 * torch.rand(50_000) - 3).requires_grad_()
+    assert not torch.stack(unconstrained(y, *params, inverse=True, tail_bound=3.0)).isfinite().all()
+    with normflows.enable():
+        x, logabsdet = unconstrained(y, *params, inverse=True, tail_bound=3.0)
+    for t in (x, logabsdet, *torch.autograd.grad((x + logabsdet).sum(), [y, *params])):
+        assert t.isfinite().all()
+
+
+def test_outside_the_domain():
+    params = [torch.ones(3, k) for k in (4, 4, 5)]
+    x = torch.tensor([-0.5, 0.5, 1.5])
+    with pytest.raises((RuntimeError, IndexError)):
+        splines.rational_quadratic_spline(x, *params)
+    with normflows.enable():
+        y, logabsdet = splines.rational_quadratic_spline(x, *params)
+        back, inverse = splines.rational_quadratic_spline(y, *params, inverse=True)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse, -logabsdet)
+
+
+def test_nothing_is_read_from_the_device():
+    params = [torch.empty(5, 4, k, device="meta") for k in (8, 8, 9)]
+    x, bound = torch.empty(5, 4, device="meta"), torch.empty(4, device="meta")
+    with normflows.enable():
+        y, logabsdet = unconstrained(x, *params, tails=LIST, tail_bound=bound)
+        assert y.shape == logabsdet.shape == (5, 4)
+        layer = affine_block().to("meta")
+        assert layer.flows[1]([x[:, :2], x[:, 2:]])[1].shape == (5,)
+    assert normflows.report() == (2, {})
+
+
+# ---- what goes to normflows ----
+
+
+def some(derivatives=7, bins=8, dtype=torch.float32, shape=(3, 4), **how):
+    torch.manual_seed(0)
+    params = [torch.randn(*shape, k).to(dtype) for k in (bins, bins, derivatives)]
+    return unconstrained(torch.randn(3, 4), *params, **how)
+
+
+class Counting(nn.Module):
+    """Two parameters for each of two features; counts how often it is asked."""
+
+    def __init__(self, outputs=4, dtype=torch.float32):
+        super().__init__()
+        self.calls, self.outputs, self.dtype = 0, outputs, dtype
+
+    def forward(self, z):
+        self.calls += 1
+        return torch.ones(len(z), self.outputs, dtype=self.dtype) * (1 + z.sum().to(self.dtype))
+
+
+def couple(param_map, z2=None, **how):
+    layer = affine.coupling.AffineCoupling(param_map, **how)
+    return layer([torch.ones(3, 2), torch.ones(3, 2) if z2 is None else z2])
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: some(tails="cubic"), "arguments"),
+        (lambda: some(tail_bound=-2.0), "arguments"),
+        (lambda: some(tail_bound="2"), "arguments"),
+        (lambda: some(tail_bound=torch.tensor([1, 1, 1, 2])), "dtype"),
+        (lambda: some(tail_bound=torch.ones(5)), "shape"),
+        (lambda: some(tails=["linear"] * 4), "number of derivatives"),
+        (lambda: some(tails=["linear"] * 3, derivatives=9), "shape"),
+        (lambda: some(tails=["linear", "cubic"] * 2, derivatives=9), "arguments"),
+        (lambda: some(tails="circular"), "number of derivatives"),
+        (lambda: some(min_bin_width=0.2), "smallest sizes"),
+        (lambda: some(shape=(2, 4)), "shape"),
+        (lambda: some(dtype=torch.float64), "dtype"),
+        (lambda: some(bins=257, derivatives=256), "number of bins"),
+        (lambda: couple(Counting(dtype=torch.float64)), "dtype"),
+        (lambda: couple(Counting(5)), "shape"),
+        (lambda: couple(Counting(), scale_map="tanh"), "arguments"),
+        (lambda: couple(Counting(2), torch.ones(1, 2), scale=False)[0], "shape"),
+        (
+            lambda: nf.flows.MaskedAffineFlow(torch.tensor([0.0, 1.0]), nn.Identity(), nn.Identity())(torch.ones(3, 2)),
+            "mask",
+        ),
+    ],
+)
+def test_falls_back(call, why):
+    assert_same(call, normflows, 0, **{why.replace(" ", "_"): 1})
+
+
+def test_the_conditioner_runs_once():
+    for outputs, dtype in ((4, torch.float32), (4, torch.float64)):
+        net = Counting(outputs, dtype)
+        with normflows.enable():
+            couple(net)
+        assert net.calls == 1
+    assert normflows.report() == (1, {"dtype": 1})
+
+
+# ---- beginning and end ----
+
+
+def test_enable_and_disable():
+    normflows.enable()
+    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
+    assert all(inspect.signature(getattr(splines, f)) == inspect.signature(THEIRS[f]) for f in FUNCTIONS)
+    normflows.enable(precision="exact")
+    normflows.disable()
+    assert current() == THEIRS
+    with normflows.enable(), normflows.enable():
+        some(tail_bound=2.0)
+    assert current() == THEIRS
+    assert normflows.report() == (1, {})
+
+
+def test_stand_ins_have_the_signatures():
+    assert_signatures(normflows)
+
+
+def test_other_versions(monkeypatch):
+    assert_versions_are_checked(normflows, monkeypatch, "normflows", ["1.7.2", "1.7.3"], ["1.7.1", "1.7.4", "1.8.0"])
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x, graphs = FLOWS["coupling"][0](), torch.randn(6, 4), []
+    want = model.flows[0].inverse(x)
+    compiled = torch.compile(model.flows[0].inverse, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)
+    with normflows.enable():
+        got = compiled(x)
+    assert len(graphs) == 1
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
