@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
     if reason := missing_gpu():
-        skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+        skipped = sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get("skipped", []))
         terminalreporter.write_line(f"GPU tests: {skipped} skipped ({reason}); `make gpu-check` runs them")
 
 
