@@ -66,10 +66,11 @@ def _tangents(ctx, *tangents):
     if ctx.statics[1] != "none":
         return reference.pushed_forward(_function(reference.affine_coupling, ctx), ctx.saved_tensors, tangents)
     x, _, shift = tangents
-    if shift is None:
-        return x, None
-    shift = -shift if ctx.statics[0] else shift
-    return (shift if x is None else x + shift), None
+    if shift is not None:
+        shift = -shift if ctx.statics[0] else shift
+    tangent = shift if x is None else x if shift is None else x + shift
+    like = _fake_forward(tangent, None, None, *ctx.statics)[1]
+    return tangent, torch.zeros_like(like)
 
 
 def _function(function, ctx):

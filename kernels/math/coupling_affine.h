@@ -93,23 +93,20 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
     const auto power = exp_parts<M>(clamp<M>(-abs<M>(v), M::of(-F::kLargestLog), zero), n) + R(1);
     const auto e = M::scaled(power, M::larger(n, M::of(F::kVanishing))), reciprocal = R(1) / (e + R(1));  // e = exp(-|v|)
     const auto log1p = log1p_of_fraction<M>(e);
-    Value<M> scale;
+    const bool upwards = c.scale_sign > 0;
     if constexpr (kActivation == Activation::sigmoid) {
       logdet = sign * (M::smaller(v, zero) - log1p);
       slope = sign * M::select(negative, reciprocal, e * reciprocal);
-      // 1 / (1 + e), or e / (1 + e), or the inverse of that
-      const auto above = M::select(negative, power, one), below = e + R(1);
-      const auto upwards = M::less(zero, sign);
-      factor = M::select(upwards, above, below) / M::select(upwards, below, above);
+      factor = M::select(negative, power, one);  // of the scale e / (1 + e) or 1 / (1 + e)
+      factor = upwards ? factor * reciprocal : (e + R(1)) / factor;
       exponent = sign * M::select(negative, n, zero);
     } else {
       const auto tiny = M::less(v, M::of(F::kFlatSoftplus));  // softplus(v) = e there
-      scale = M::larger(v, zero) + log1p;
+      const auto scale = M::larger(v, zero) + log1p;
       logdet = sign * M::select(tiny, v, log<M>(scale));
       slope = sign * M::select(tiny, one, M::select(negative, e * reciprocal, reciprocal) / scale);
-      scale = M::select(tiny, power, scale);
-      const auto upwards = M::less(zero, sign);
-      factor = M::select(upwards, scale, one) / M::select(upwards, one, scale);
+      factor = M::select(tiny, power, scale);
+      if (!upwards) factor = R(1) / factor;
       exponent = sign * M::select(tiny, n, zero);
     }
   } else {
