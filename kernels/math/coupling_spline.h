@@ -6,6 +6,24 @@
 // gives NaN.
 namespace math {
 
+// A running sum in groups of 4, 16 and 64, so that its error is that of a few additions and not of all.
+template <class M>
+struct RunningSum {
+  Value<M> by_4, by_16, by_64, large, before;  // all 0 in the beginning
+
+  // count: the terms so far, this one included
+  PYPERF_HD void add(Value<M> term, int count) {
+    const auto zero = M::of(0);
+    by_4 = by_4 + term;
+    if (count % 4) return;
+    by_16 = by_16 + by_4, by_4 = zero;
+    if (count % 16 == 0) by_64 = by_64 + by_16, by_16 = zero;
+    if (count % 64 == 0) large = large + by_64, by_64 = zero;
+    before = large + by_64 + by_16;
+  }
+  PYPERF_HD Value<M> value() const { return before + by_4; }
+};
+
 // One side's softmax, and the bin: exponentials in front of it and its own, and what one unit of them is worth.
 template <class M>
 struct SplineSide {
@@ -50,13 +68,14 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
     e[j] = spline_logit<M>(c, raw(j));
     largest = max<M>(largest, e[j]);
   }
-  auto sum = M::of(0);
+  const auto zero = M::of(0);
+  RunningSum<M> sum{zero, zero, zero, zero, zero};
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
     e[j] = exp<M>((e[j] - largest) * c.logit_scale);
-    sum = sum + e[j];
+    sum.add(e[j], j + 1);
   }
-  return typename M::R(1) / sum;
+  return typename M::R(1) / sum.value();
 }
 
 // The slope that a raw derivative stands for, and its derivative.
@@ -103,12 +122,14 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     i = i == count && c.tails == Tails::circular ? 0 : i;
     return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
   };
-  auto w_before = zero, h_before = zero, raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
+  RunningSum<M> w_sum{zero, zero, zero, zero, zero}, h_sum = w_sum;
+  auto raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
   p.k = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
 #pragma unroll
   for (int j = 1; j < bins; ++j) {
-    w_before = w_before + ew[j - 1], h_before = h_before + eh[j - 1];
+    w_sum.add(ew[j - 1], j), h_sum.add(eh[j - 1], j);
+    const auto w_before = w_sum.value(), h_before = h_sum.value();
     const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::of(R(j) * least + low));
     const auto reached = M::at_least(t, edge);
     p.width.before = M::select(reached, w_before, p.width.before);
@@ -122,8 +143,8 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     raw1 = M::select(reached, next, raw1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
-  p.x_edge = M::fma(p.width.before, p.width.per_unit, p.k * c.least_width + c.left);
-  p.y_edge = M::fma(p.height.before, p.height.per_unit, p.k * c.least_height + c.bottom);
+  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.k, M::of(c.least_width), M::of(c.left)));
+  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.k, M::of(c.least_height), M::of(c.bottom)));
   p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
   p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
 
@@ -198,8 +219,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
   const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
-  const auto per_below = one / p.below, per_above = one / p.above, per_w = one / p.w;
-  const auto by = p.s * per_below;
+  const auto by = p.s / p.below, per_s = one / p.s, per_below = by * per_s, per_above = one / p.above, per_w = one / p.w;
   const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
   // d log slope / d theta
   const auto lean = ((M::fma(p.d1, p.theta, -p.d0 * p.phi) + p.s * (p.phi - p.theta)) * per_above -
@@ -216,11 +236,9 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
   }
-  // Of the inverse, whose y is fixed, all but the move of x itself cancels.
-  const auto by_theta = c.inverse ? -grad_y * p.w : M::fma(gy, p.h * by * p.above * per_below, gl * lean);
   const auto gh = gy * p.h * q * per_below * per_below;
   const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
-                           gl * R(2) * (one / p.s + q * per_above - (theta2 + phi2) * per_below));
+                           gl * R(2) * (per_s + q * per_above - (theta2 + phi2) * per_below));
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
@@ -235,7 +253,8 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   }
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
-  const auto w_edge = -by_theta * per_w, w_own = -(by_theta * p.theta + by_s * p.s) * per_w;
+  // A bin that moves takes the curve along.
+  const auto w_edge = c.inverse ? grad_y : -grad_in, w_own = M::fma(w_edge, p.theta, -by_s * p.s * per_w);
   const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_s * per_w);
   const auto w_mean = p.width.inverse_sum * M::fma(w_edge, p.width.before, w_own * p.width.own);
   const auto h_mean = p.height.inverse_sum * M::fma(h_edge, p.height.before, h_own * p.height.own);
