@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.library import opcheck
@@ -115,7 +115,7 @@ def test_every_number_of_bins(bins):
     """float64 against the reference; float32 within a few roundings of its intermediate values in most elements."""
     for tails, parametrization, inverse in HOWS:
         options = {"tails": tails, "parametrization": parametrization, "inverse": inverse, "tail_bound": 2.0}
-        x, params = sample((67,), bins, tails, (torch.float64, torch.float64), 1.5, 2.0)
+        x, params = sample((67 if bins < 64 else 19,), bins, tails, (torch.float64, torch.float64), 1.5, 2.0)
         want = truth(x, params, bins, **options)
         for separate in (False, True):
             for a, b in zip(results(x, params, bins, separate, **options), want, strict=True):
@@ -132,7 +132,7 @@ def test_every_number_of_bins(bins):
                     continue
                 error = (a.double() - b).abs() / (b.abs() + 1)
                 rounding = torch.finfo(a.dtype).eps
-                growth = max(1, bins / 8)  # of a bin against the box
+                growth = max(1, bins / 8)  # of the box against a bin
                 assert error.quantile(0.5) <= 2e-6 * growth + rounding
                 assert error.quantile(0.95) <= 2e-4 * growth + rounding
 
@@ -229,7 +229,7 @@ def test_fast_mode_is_no_worse_than_nflows(accuracy, sigma, inverse):
     largest is the median of those of 16 parts.
     """
     pytest.importorskip("nflows")
-    x, params = accuracy.inputs(1 << 15, sigma, 3)
+    x, params = accuracy.inputs(1 << 14, sigma, 3)
     for loss in ("y", "log-det"):
         fast, peer, want = (
             accuracy.outputs(f, x.to(d), params.to(d), inverse, loss)
@@ -281,7 +281,7 @@ def test_options():
             how = {"tails": "bounded", "inverse": inverse, **how}
             at = x + 4 if inverse and "bounds" in how and how["bounds"][2] == 5.0 else x
             for a, b in zip(results(at, params, 6, **how), truth(at, params, 6, **how), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     zeros = torch.zeros(50, 3 * 6 - 1, dtype=torch.float64)
     at = torch.linspace(-3, 3, 50, dtype=torch.float64)
     for how in ({"identity_init": True}, {"parametrization": "zuko"}):
@@ -319,7 +319,7 @@ BATTERY = """
     out = []
     pairs = [(d, d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
     pairs += [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
-    for threads, (dtype, of_params), bins in itertools.product((1, 2), pairs, (1, 2, 3, 5, 8, 10, 16, 33)):
+    for threads, (dtype, of_params), bins in itertools.product((1, 2), pairs, (1, 3, 8, 10, 17)):
         torch.set_num_threads(threads)
         for n, (tails, parametrization, inverse) in enumerate(itertools.product(
             ("linear", "circular", "bounded"), ("nflows", "zuko"), (False, True)
@@ -532,6 +532,7 @@ def test_determinism(threads):
             assert_same(a, b)
 
 
+@settings(max_examples=50)
 @given(problems())
 def test_fakes_keep_layouts(problem):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -898,32 +899,30 @@ def statics(tails="linear", inverse=False, sample_dims=-1, exact=False, parametr
 
 def operator_calls():
     """Contiguous, strided, planar and expanded, with and without grad."""
-    x, params = (t.clone() for t in (X, PARAMS))
-    tensors = {
-        "contiguous": (x, params),
-        "requires grad": (x.clone().requires_grad_(), params.clone().requires_grad_()),
-        "strided": (x.t().contiguous().t(), torch.cat([params, params], -1)[..., ::2]),
-        "planar": (x, params.movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()),
-        "image": (
-            torch.randn(2, 3, 2, 2, dtype=torch.float64),
-            torch.randn(2, 24, 2, 2, dtype=torch.float64).unflatten(1, (3, 8)).movedim(2, -1).requires_grad_(),
-        ),
-        "expanded": (x, params[:1, :1].expand(4, 6, 8)),
-        "mixed": (x.float(), params.bfloat16()),
-    }
-    for n, (a, b) in enumerate(tensors.values()):
+    x, params = (t.clone() for t in (X[:2, :3], PARAMS[:2, :3]))
+    image = torch.randn(2, 3 * 8, 2, 2, dtype=torch.float64).unflatten(1, (3, 8)).movedim(2, -1)
+    packed, separate = "packed", "separate"
+    calls = [
+        ((packed, separate), x, params),
+        ((packed, separate), x.clone().requires_grad_(), params.clone().requires_grad_()),
+        ((packed,), x.t().contiguous().t(), torch.cat([params, params], -1)[..., ::2]),
+        ((separate,), x, params.movedim(-1, 1).contiguous().movedim(1, -1)),
+        ((packed,), torch.randn(2, 3, 2, 2, dtype=torch.float64), image),
+        ((separate,), x, params[:1, :1].expand(2, 3, 8)),
+        ((packed,), x.float(), params.bfloat16()),
+    ]
+    for n, (forms, a, b) in enumerate(calls):
         how = statics(inverse=n % 2 == 1, sample_dims=(-1, 1)[n % 2], exact=n % 3 == 0)
-        parts = tuple(split(b, 3))
-        yield family._packed, (a, b, 3, *how)
-        yield family._spline, (a, *parts, *how)
         grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), 3, *how)[1].cos())
-        if n == 1:
-            grads = tuple(g.requires_grad_() for g in grads)
-        yield family._packed_backward, (*grads, a, b, 3, *how)
-        yield family._spline_backward, (*grads, a, *parts, *how)
+        if packed in forms:
+            yield family._packed, (a, b, 3, *how)
+            yield family._packed_backward, (*grads, a, b, 3, *how)
+        if separate in forms:
+            yield family._spline, (a, *split(b, 3), *how)
+            yield family._spline_backward, (*grads, a, *split(b, 3), *how)
 
 
-@pytest.mark.parametrize("n", range(28))
+@pytest.mark.parametrize("n", range(18))
 def test_opcheck(n):
     operator, args = list(operator_calls())[n]
     opcheck(operator.native.op, args)
@@ -931,7 +930,7 @@ def test_opcheck(n):
 
 def test_every_operator_is_checked():
     calls = list(operator_calls())
-    assert len(calls) == 28
+    assert len(calls) == 18
     assert {o.name for o, _ in calls} == {o.name for o in vars(family).values() if isinstance(o, type(family._packed))}
 
 
@@ -1056,18 +1055,19 @@ def test_aot_inductor(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_export(tmp_path):
-    """Through the decompositions: a model of standard operators, which onnx's own evaluator runs."""
+    """Through the decompositions: a model of standard operators, which runs without this package."""
     pytest.importorskip("onnxscript")
-    evaluator = pytest.importorskip("onnx.reference")
+    runtime = pytest.importorskip("onnxruntime")
     inputs = sample((6, 10), 4)
     table = torch.export.default_decompositions()
     table.update(pyperf_dl.decompositions())
     plain = torch.export.export(Layer(), inputs).run_decompositions(table)
     program = torch.onnx.export(plain, dynamo=True, verbose=False)
     program.save(str(tmp_path / "layer.onnx"))
-    session = evaluator.ReferenceEvaluator(str(tmp_path / "layer.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
     other = sample((6, 10), 4, seed=1)
-    got = session.run(None, dict(zip(session.input_names, (t.numpy() for t in other), strict=True)))
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, dict(zip(names, (t.numpy() for t in other), strict=True)))
     for a, b in zip(got, Layer()(*other), strict=True):
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)
 
@@ -1172,7 +1172,7 @@ def test_checkpointing_gives_the_same_gradient():
 def test_memory_does_not_grow():
     import resource
 
-    x, params = (t.requires_grad_() for t in sample((16, 256), 8))
+    x, params = (t.requires_grad_() for t in sample((8, 64), 8))
 
     def run(times):
         for _ in range(times):

@@ -6,6 +6,24 @@
 // gives NaN.
 namespace math {
 
+// A running sum in groups of 4, 16 and 64, so that its error is that of a few additions and not of all.
+template <class M>
+struct RunningSum {
+  Value<M> by_4, by_16, by_64, large, before;  // all 0 in the beginning
+
+  // count: the terms so far, this one included
+  PYPERF_HD void add(Value<M> term, int count) {
+    const auto zero = M::of(0);
+    by_4 = by_4 + term;
+    if (count % 4) return;
+    by_16 = by_16 + by_4, by_4 = zero;
+    if (count % 16 == 0) by_64 = by_64 + by_16, by_16 = zero;
+    if (count % 64 == 0) large = large + by_64, by_64 = zero;
+    before = large + by_64 + by_16;
+  }
+  PYPERF_HD Value<M> value() const { return before + by_4; }
+};
+
 // One side's softmax, and the bin: exponentials in front of it and its own, and what one unit of them is worth.
 template <class M>
 struct SplineSide {
@@ -16,13 +34,12 @@ template <class M>
 struct SplinePoint {
   using V = typename M::V;
   SplineSide<M> width, height;
-  V k;                       // the bin, as a number
-  V x_edge, w, y_edge, h;    // its lower corner and its size
-  V d0, d1, bend0, bend1;    // slopes at its ends, and their derivatives by the raw parameters
-  V per_w, s, theta, phi;    // 1 / w, h / w; how far the point is from both ends: theta + phi = 1
-  V below, above, top;       // slope = s^2 above / below^2, y = y_edge + h top / below
-  V per_below;
-  V excess, edge_slope;      // beyond the box, along x; the slope at the nearer corner
+  V k;                                  // the bin, as a number
+  V x_edge, w, y_edge, h;               // its lower corner and its size
+  V d0, d1, bend0, bend1;               // slopes at its ends, and their derivatives by the raw parameters
+  V s, theta, phi;                      // h / w; how far the point is from both ends: theta + phi = 1
+  V below, above, top;                  // slope = s^2 above / below^2, y = y_edge + h top / below
+  V excess, edge_slope;                 // beyond the box, along x; the slope at the nearer corner
   typename M::Mask inside, last, high;  // high: beyond the upper corner
 };
 
@@ -49,13 +66,14 @@ PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c,
   auto largest = e[0];
 #pragma unroll
   for (int j = 1; j < bins; ++j) largest = M::larger(largest, e[j]);
-  auto sum = M::of(0);
+  const auto zero = M::of(0);
+  RunningSum<M> sum{zero, zero, zero, zero, zero};
 #pragma unroll
   for (int j = 0; j < bins; ++j) {
     e[j] = exp_of_share<M>((e[j] - largest) * c.logit_scale);
-    sum = sum + e[j];
+    sum.add(e[j], j + 1);
   }
-  return sum;
+  return sum.value();
 }
 
 // The slope that a raw derivative stands for, and its derivative.
@@ -83,13 +101,14 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   using coupling::Tails;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
-  const auto w_sum = spline_exponentials<M, kBins>(c, raw_w, ew);
-  const auto h_sum = spline_exponentials<M, kBins>(c, raw_h, eh);
-  const auto per_both = one / (w_sum * h_sum);  // divisions are dear; both sums are in [1, bins]
-  p.width.inverse_sum = per_both * h_sum;
-  p.height.inverse_sum = per_both * w_sum;
+  const auto w_total = spline_exponentials<M, kBins>(c, raw_w, ew),
+             h_total = spline_exponentials<M, kBins>(c, raw_h, eh);
+  p.width.inverse_sum = one / w_total, p.height.inverse_sum = one / h_total;
   p.width.per_unit = p.width.inverse_sum * c.width_room;
   p.height.per_unit = p.height.inverse_sum * c.height_room;
+  // What rounding took from these: it would shift all knots alike.
+  const auto w_rest = M::fma(-p.width.per_unit, w_total, M::of(c.width_room)) * p.width.inverse_sum;
+  const auto h_rest = M::fma(-p.height.per_unit, h_total, M::of(c.height_room)) * p.height.inverse_sum;
 
   const R low = c.inverse ? c.bottom : c.left, high = c.inverse ? c.top : c.right;
   const R least = c.inverse ? c.least_height : c.least_width;
@@ -105,13 +124,15 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     i = i == count && c.tails == Tails::circular ? 0 : i;
     return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
   };
-  auto w_before = zero, h_before = zero, raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
+  RunningSum<M> w_sum{zero, zero, zero, zero, zero}, h_sum = w_sum;
+  auto raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
   p.k = zero;
   auto number = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
 #pragma unroll
   for (int j = 1; j < bins; ++j) {
-    w_before = w_before + ew[j - 1], h_before = h_before + eh[j - 1];
+    w_sum.add(ew[j - 1], j), h_sum.add(eh[j - 1], j);
+    const auto w_before = w_sum.value(), h_before = h_sum.value();
     number = number + one;
     const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
     const auto reached = M::at_least(t, edge);
@@ -133,8 +154,10 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     raw1 = knot(first_knot + k + 1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
-  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.k, M::of(c.least_width), M::of(c.left)));
-  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.k, M::of(c.least_height), M::of(c.bottom)));
+  const auto w_least = M::fma(p.k, M::of(c.least_width), M::of(c.left));
+  const auto h_least = M::fma(p.k, M::of(c.least_height), M::of(c.bottom));
+  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.width.before, w_rest, w_least));
+  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.height.before, h_rest, h_least));
   p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
   p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
 
@@ -146,11 +169,11 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     p.d1 = M::select(p.last, one, p.d1), p.bend1 = M::select(p.last, zero, p.bend1);
   }
 
-  p.per_w = one / p.w;
-  p.s = p.h * p.per_w;
+  p.s = p.h / p.w;
   // How far t is into the bin; in the last one, how far from its end.
-  const auto distance = M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge));
-  const auto part = clamp<M>(c.inverse ? distance / p.h : distance * p.per_w, zero, one);
+  const auto size = c.inverse ? p.h : p.w;
+  const auto part =
+      clamp<M>(M::select(p.last, M::of(high) - t, t - (c.inverse ? p.y_edge : p.x_edge)) / size, zero, one);
   p.theta = M::select(p.last, one - part, part);
   p.phi = M::select(p.last, part, one - part);
   if (c.inverse) {
@@ -168,7 +191,6 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
-  p.per_below = one / p.below;
   p.excess = at - t;
   p.edge_slope = M::select(p.high, p.d1, p.d0);
   if (c.inverse) p.excess = p.excess / p.edge_slope;
@@ -178,7 +200,7 @@ template <class M>
 PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
                             Value<M>& logdet) {
   using R = typename M::R;
-  const auto by = p.s * p.per_below;
+  const auto by = p.s / p.below;
   logdet = log<M>(by * p.above * by);
   if (c.inverse) {
     logdet = -logdet;
@@ -186,7 +208,7 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     y = clamp<M>(M::select(p.last, from_end, from_edge), M::of(c.left), M::of(c.right));
   } else {
     const auto rest = M::fma(p.s, p.phi * p.phi, p.d1 * (p.theta * p.phi));
-    const auto f = M::select(p.last, -rest, p.top) * p.per_below;
+    const auto f = M::select(p.last, -rest, p.top) / p.below;
     y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
   }
   if (c.tails == coupling::Tails::bounded) {
@@ -210,8 +232,8 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
   const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
-  const auto per_below = p.per_below, per_w = p.per_w, per_above = one / p.above;
-  const auto by = p.s * per_below;
+  const auto by = p.s / p.below, per_s = one / p.s, per_below = by * per_s, per_above = one / p.above,
+             per_w = one / p.w;
   const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
   // d log slope / d theta
   const auto lean = ((M::fma(p.d1, p.theta, -p.d0 * p.phi) + p.s * (p.phi - p.theta)) * per_above -
@@ -228,11 +250,9 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
   }
-  // Of the inverse, whose y is fixed, all but the move of x itself cancels.
-  const auto by_theta = c.inverse ? -grad_y * p.w : M::fma(gy, p.h * by * p.above * per_below, gl * lean);
   const auto gh = gy * p.h * q * per_below * per_below;
-  const auto by_s = M::fma(gh, p.d1 * theta2 - p.d0 * phi2,
-                           gl * R(2) * (p.w / p.h + q * per_above - (theta2 + phi2) * per_below));
+  const auto by_s =
+      M::fma(gh, p.d1 * theta2 - p.d0 * phi2, gl * R(2) * (per_s + q * per_above - (theta2 + phi2) * per_below));
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
@@ -247,7 +267,8 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   }
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
-  const auto w_edge = -by_theta * per_w, w_own = -(by_theta * p.theta + by_s * p.s) * per_w;
+  // A bin that moves takes the curve along.
+  const auto w_edge = c.inverse ? grad_y : -grad_in, w_own = M::fma(w_edge, p.theta, -by_s * p.s * per_w);
   const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_s * per_w);
   const auto w_mean = p.width.inverse_sum * M::fma(w_edge, p.width.before, w_own * p.width.own);
   const auto h_mean = p.height.inverse_sum * M::fma(h_edge, p.height.before, h_own * p.height.own);

@@ -117,7 +117,7 @@ def bin_edges(logits: torch.Tensor, low: float, high: float, smallest: float) ->
     """Left edge and size of every bin. logits: [..., K]"""
     bins = logits.shape[-1]
     size = (high - low) * (smallest + (1 - smallest * bins) * logits.softmax(-1))
-    before = F.pad(size.cumsum(-1), (1, -1))
+    before = F.pad(size[..., :-1].cumsum(-1), (1, 0))
     return low + before, size
 
 
