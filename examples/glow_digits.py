@@ -109,11 +109,11 @@ def draw(flow: pyperf_dl.Flow, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A small Glow on scikit-learn's digits.")
     parser.add_argument("--quick", action="store_true", help="fewer epochs: under 2 minutes on 2 cores")
-    parser.add_argument("--epochs", type=int, help="instead of 30 (--quick) or 200")
+    parser.add_argument("--epochs", type=int, help="instead of 20 (--quick) or 200")
     parser.add_argument("--save", choices=("x", "recompute_params", "nothing"), default="x", help="what couplings keep")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the figure")
     options = parser.parse_args()
-    epochs = options.epochs or (30 if options.quick else 200)
+    epochs = options.epochs or (20 if options.quick else 200)
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
