@@ -60,7 +60,7 @@ def inputs(elements: int, sigma: float, seed: int = 0) -> tuple[torch.Tensor, to
 
 
 def outputs(spline: Spline, x: torch.Tensor, params: torch.Tensor, inverse: bool, loss: str) -> list[torch.Tensor]:
-    """y, log-det, gradients of x and of the parameters, in float64; NaN for each element for which the spline raises."""
+    """y, log-det, gradients of x and of the parameters, in float64; NaN for elements for which the spline raises."""
     try:
         x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
         y, logdet = spline(x, params, inverse)
@@ -114,7 +114,7 @@ def table(parametrization: str, peer: str, elements: int) -> list[str]:
 def markdown(elements: int) -> str:
     bound = (
         f"Absolute errors in float32, 50 % / 99 % / largest, of {elements:,} elements: x ~ N(0, 1.5²), K = {BINS}, box "
-        f"[-{BOUND:g}, {BOUND:g}]; gradients of sum(y² / 2 − log-det). Truth: float64.\n"
+        f"[-{BOUND:g}, {BOUND:g}]; gradients of sum(y² / 2 - log-det). Truth: float64.\n"
     )
     parts = [bound, *table("nflows", "nflows", elements), "", "zuko's parametrisation:", ""]
     return "\n".join([*parts, *table("zuko", "zuko", elements)])

@@ -66,8 +66,8 @@ inline ScalarType logdet_type(const Tensor& x) {
 }
 
 inline void check_companion(const char* what, const Tensor& t, const Tensor& x, int64_t dims) {
-  require(t.dim() == dims && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()), "affine_coupling: ",
-          what, " has a shape that does not belong to x");
+  require(t.dim() == dims && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
+          "affine_coupling: ", what, " has a shape that does not belong to x");
   require(t.device() == x.device(), "affine_coupling: tensors must be on one device");
 }
 
@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
   std::vector<int64_t> logical(std::max<int64_t>(sample_dims, 0));
   std::iota(logical.begin(), logical.end(), int64_t(0));
   const ScalarType type = affine::logdet_type(x);
-  const Tensor logdet = sample_dims < 0 ? affine::empty_as(x, type)
-                                        : empty(x, affine::leading_sizes(x, sample_dims), logical, type);
+  const Tensor logdet =
+      sample_dims < 0 ? affine::empty_as(x, type) : empty(x, affine::leading_sizes(x, sample_dims), logical, type);
   AffineCall<kForwardOperands> call{};
   if (!affine::make_call<kForwardOperands>({&x, &scale, &shift, &logdet, &y}, kLogdet, how, call))
     return affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift), inverse, activation, clamp,
@@ -174,6 +174,6 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
 }  // namespace pyperf::coupling
 
 // Registers the affine operators for one dispatch key.
-#define PYPERF_IMPLEMENT_AFFINE_COUPLING(m, Backend)                                       \
+#define PYPERF_IMPLEMENT_AFFINE_COUPLING(m, Backend)                                  \
   m.impl("affine_coupling", TORCH_BOX((pyperf::coupling::affine_coupling<Backend>))); \
   m.impl("affine_coupling_backward", TORCH_BOX((pyperf::coupling::affine_coupling_backward<Backend>)))

@@ -59,8 +59,7 @@ struct Parameters {
   int64_t first, count;
 
   void* data() const {
-    return static_cast<char*>(of->data_ptr()) +
-           first * of->stride(of->dim() - 1) * storage_bytes(storage_of(*of));
+    return static_cast<char*>(of->data_ptr()) + first * of->stride(of->dim() - 1) * storage_bytes(storage_of(*of));
   }
   int64_t stride() const { return of->stride(of->dim() - 1); }
 };
@@ -287,8 +286,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_quadratic_spline_backward(
   const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
   const auto parameters = whole(widths, heights, derivatives);
   const Tensor gw = gradient_like(widths), gh = gradient_like(heights), gd = gradient_like(derivatives);
-  const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, parameters, whole(gw, gh, gd), how,
-                                             parameters[0].count);
+  const Tensor gx =
+      spline_backward<Backend>(grad_y, grad_logdet, x, parameters, whole(gw, gh, gd), how, parameters[0].count);
   return {gx, gw, gh, gd};
 }
 
@@ -300,18 +299,18 @@ std::tuple<Tensor, Tensor> rational_quadratic_spline_packed_backward(
   const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
   require(params.dim() > 0, "coupling: parameters need a dimension");
   const Tensor grad = gradient_like(params);
-  const Tensor gx =
-      spline_backward<Backend>(grad_y, grad_logdet, x, split(params, bins), split(grad, bins), how, bins);
+  const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, split(params, bins), split(grad, bins), how, bins);
   return {gx, grad};
 }
 
 }  // namespace pyperf::coupling
 
 // Registers every spline operator for one dispatch key.
-#define PYPERF_IMPLEMENT_SPLINES(m, Backend)                                                                          \
-  m.impl("rational_quadratic_spline", TORCH_BOX((pyperf::coupling::rational_quadratic_spline<Backend>)));             \
-  m.impl("rational_quadratic_spline_packed", TORCH_BOX((pyperf::coupling::rational_quadratic_spline_packed<Backend>))); \
-  m.impl("rational_quadratic_spline_backward",                                                                        \
-         TORCH_BOX((pyperf::coupling::rational_quadratic_spline_backward<Backend>)));                                 \
-  m.impl("rational_quadratic_spline_packed_backward",                                                                 \
+#define PYPERF_IMPLEMENT_SPLINES(m, Backend)                                                              \
+  m.impl("rational_quadratic_spline", TORCH_BOX((pyperf::coupling::rational_quadratic_spline<Backend>))); \
+  m.impl("rational_quadratic_spline_packed",                                                              \
+         TORCH_BOX((pyperf::coupling::rational_quadratic_spline_packed<Backend>)));                       \
+  m.impl("rational_quadratic_spline_backward",                                                            \
+         TORCH_BOX((pyperf::coupling::rational_quadratic_spline_backward<Backend>)));                     \
+  m.impl("rational_quadratic_spline_packed_backward",                                                     \
          TORCH_BOX((pyperf::coupling::rational_quadratic_spline_packed_backward<Backend>)))

@@ -25,7 +25,7 @@ _SAMPLE_DIMS = -2
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor of x's shape whose dimensions lie in memory as those of x, if x is dense (csrc: physical_layout)."""
+    """An empty tensor of x's shape, with its order of dimensions in memory if x is dense (csrc: physical_layout)."""
     layout = list(range(x.dim()))
     if not x.is_contiguous():
         by_stride = sorted(layout, key=lambda d: -x.stride(d))
@@ -173,8 +173,7 @@ class _How(NamedTuple):
 _DERIVATIVES = {"linear": "K - 1", "circular": "K", "bounded": "K + 1"}
 
 
-@functools.lru_cache(maxsize=256, typed=True)  # True is not 1 here
-def _planned(
+def _plan(
     op: str,
     bins: int,
     derivatives: int,
@@ -234,7 +233,7 @@ def _planned(
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
 _CACHED_TYPES = (bool, int, float, str, tuple, type(None))
-_cached_plan = functools.lru_cache(maxsize=256, typed=True)(_plan)
+_cached_plan = functools.lru_cache(maxsize=256, typed=True)(_plan)  # typed: True is not 1 here
 
 
 def _planned(*arguments: Any) -> _How:
@@ -327,7 +326,8 @@ def rational_quadratic_spline(
             goes on outside, so that no input is refused).
         tail_bound: the box is [-tail_bound, tail_bound] along x and y.
         bounds: (left, right, bottom, top) of the box, instead.
-        min_bin_width, min_bin_height: as a part of the box, > 0 for a finite log-det of every input. min_derivative: > 0.
+        min_bin_width, min_bin_height, min_derivative: the first two as a part of the box; all > 0 for a finite log-det of
+            every input.
         identity_init: softplus is sharpened so that raw derivatives of 0 give slope 1 (nflows' enable_identity_init).
         logit_scale: factor of the raw widths and heights; nflows' couplings divide them by sqrt(hidden features).
         parametrization: ``"nflows"``, as above, or ``"zuko"``: ``u / (1 + |2 u / log slope|)`` before the softmax,

@@ -66,7 +66,7 @@ def check_against_reference(tensors, statics, seed=0):
     assert y.shape == x.shape
     assert logdet.dtype == reference.logdet_dtype(x)
     assert logdet.shape == want_logdet.shape
-    inverse, activation, clamp, shift_first, sample_dims = statics
+    inverse, activation, clamp, _shift_first, sample_dims = statics
     e = (-1 if inverse else 1) * reference.log_scale(u.double(), activation, clamp)
     size = (x.double().abs() + t.double().abs()) * (1 + e.exp()) * (1 + e.abs())
     assert_near(y, want_y, size, 4)
@@ -77,7 +77,9 @@ def check_against_reference(tensors, statics, seed=0):
     grads = (torch.randn(y.shape, generator=g).to(y.dtype), torch.randn(logdet.shape, generator=g).to(logdet.dtype))
     got = ops.affine_coupling_backward(*grads, *tensors, *statics)
     want = in_float64(reference.affine_coupling_backward, (*grads, *tensors), *statics)
-    size = (1 + grads[0].double().abs()) * (1 + size) + INFLATED * max(grads[1].double().abs().flatten().tolist(), default=0)
+    size = (1 + grads[0].double().abs()) * (1 + size) + INFLATED * max(
+        grads[1].double().abs().flatten().tolist(), default=0
+    )
     for got_grad, want_grad, of in zip(got, want, tensors, strict=True):
         assert got_grad.dtype == of.dtype
         assert got_grad.shape == of.shape
@@ -174,7 +176,9 @@ def test_inverse_undoes_the_forward(activation, order):
     back, of_inverse = affine_coupling(y, u, t, activation=activation, order=order, inverse=True)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-11)
     assert torch.equal(of_inverse, -logdet)
-    jacobian = vmap(jacrev(lambda x, u, t: affine_coupling(x, u, t, activation=activation, order=order, sum_dims=())[0]))
+    jacobian = vmap(
+        jacrev(lambda x, u, t: affine_coupling(x, u, t, activation=activation, order=order, sum_dims=())[0])
+    )
     log = jacobian(x, u, t).diagonal(dim1=1, dim2=2).log().sum(1)
     torch.testing.assert_close(log, logdet)
 
@@ -405,7 +409,7 @@ def test_saved_bytes():
 def test_nflows(inverse):
     """Glow's scale is nflows' but for its 1e-3."""
     module = pytest.importorskip("nflows.transforms.coupling")
-    x, u, t = sample((20, 5), torch.float64)
+    x, _u, t = sample((20, 5), torch.float64)
     peer = module.AdditiveCouplingTransform
     layer = peer(torch.arange(10) % 2, lambda i, o: lambda z, c: t)
     call = layer._coupling_transform_inverse if inverse else layer._coupling_transform_forward
@@ -679,7 +683,11 @@ BAD = [
     (ValueError, "clamp must be > 0, got 0", {"clamp": 0}),
     (ValueError, "clamp must be finite, got nan", {"clamp": math.nan}),
     (TypeError, "clamp must be a number, got a tensor", {"clamp": torch.tensor(1.0)}),
-    (ValueError, "clamp is for the activations 'exp', .*, got 1.0 with 'softplus'", {"clamp": 1.0, "activation": "softplus"}),
+    (
+        ValueError,
+        "clamp is for the activations 'exp', .*, got 1.0 with 'softplus'",
+        {"clamp": 1.0, "activation": "softplus"},
+    ),
     (ValueError, "order must be one of 'scale_shift', 'shift_scale', got 'scale'", {"order": "scale"}),
     (ValueError, "logdet must be one of 'sum', 'elementwise', got 'mean'", {"logdet": "mean"}),
     (ValueError, r"sum_dims must be in \[-2, 1\] for a tensor with 2 dimensions, got 2", {"sum_dims": 2}),
@@ -719,6 +727,11 @@ def test_raw_operators_are_memory_safe(message, args):
     with pytest.raises(RuntimeError, match=message):
         ops.affine_coupling_backward(args[0], torch.zeros(4), *args)
     good = (GOOD, GOOD, GOOD, False, "exp", 0.0, False, 1)
-    for grads in ((GOOD[:1], torch.zeros(4)), (GOOD, torch.zeros(3)), (GOOD.half(), torch.zeros(4)), (GOOD, GOOD[:, 0].half())):
+    for grads in (
+        (GOOD[:1], torch.zeros(4)),
+        (GOOD, torch.zeros(3)),
+        (GOOD.half(), torch.zeros(4)),
+        (GOOD, GOOD[:, 0].half()),
+    ):
         with pytest.raises(RuntimeError, match="affine_coupling: "):
             ops.affine_coupling_backward(*grads, *good)

@@ -297,7 +297,9 @@ def test_options():
     # circular: the last knot has the slope of the first
     circular = rational_quadratic_spline_packed(x.clamp(-1, 1), params[:, :18], 6, tails="circular")
     closed = torch.cat([params[:, :18], params[:, 12:13]], 1)
-    for a, b in zip(circular, rational_quadratic_spline_packed(x.clamp(-1, 1), closed, 6, tails="bounded"), strict=True):
+    for a, b in zip(
+        circular, rational_quadratic_spline_packed(x.clamp(-1, 1), closed, 6, tails="bounded"), strict=True
+    ):
         assert_same(a, b)
 
 
@@ -372,10 +374,16 @@ def layouts(x, params):
     yield "parameters first", x, params.movedim(-1, 0).contiguous().movedim(0, -1)
     yield "planar", x, params.movedim(-1, max(0, x.dim() - 2)).contiguous().movedim(max(0, x.dim() - 2), -1)
     back = order[::-1]
-    yield "reversed", x.permute(back).contiguous().permute(back), params.permute(*back, x.dim()).contiguous().permute(
-        *back, x.dim()
+    yield (
+        "reversed",
+        x.permute(back).contiguous().permute(back),
+        params.permute(*back, x.dim()).contiguous().permute(*back, x.dim()),
     )
-    yield "dense x, reversed parameters", x, params.permute(x.dim(), *back).contiguous().permute(*range(x.dim(), 0, -1), 0)
+    yield (
+        "dense x, reversed parameters",
+        x,
+        params.permute(x.dim(), *back).contiguous().permute(*range(x.dim(), 0, -1), 0),
+    )
     every = tuple(slice(None, None, 2) for _ in order)
     yield "every other", x.repeat_interleave(2, -1)[..., ::2], params.repeat_interleave(2, -1)[..., ::2]
     wide = [t.new_zeros([2 * s for s in t.shape]) for t in (x, params)]
@@ -415,7 +423,9 @@ def test_strides_change_nothing(problem):
             for a, b in zip(results(x_view, params_view, bins, separate, **how), want, strict=True):
                 assert_same(a, b)
     if x.numel():
-        y, logdet = rational_quadratic_spline_packed(x.reshape(-1)[-1], params.reshape(-1, params.shape[-1])[-1], bins, **how)
+        y, logdet = rational_quadratic_spline_packed(
+            x.reshape(-1)[-1], params.reshape(-1, params.shape[-1])[-1], bins, **how
+        )
         assert_same(y, want[0].reshape(-1)[-1])
         assert_same(logdet, want[1].reshape(-1)[-1])
 
@@ -442,7 +452,7 @@ def test_samples_smaller_and_larger_than_a_unit(size):
     """And the gradient of a sample's log-det goes to all its elements."""
     for dtype in (torch.float32, torch.float64):
         x, params = sample((5, size), 4, dtypes=(dtype, dtype))
-        y, logdet = rational_quadratic_spline_packed(x, params, 4, tail_bound=3.0)
+        _y, logdet = rational_quadratic_spline_packed(x, params, 4, tail_bound=3.0)
         for shaped in (x, x.t().contiguous().t()):
             _, total = rational_quadratic_spline_packed(shaped, params, 4, tail_bound=3.0, logdet="sum")
             assert total.shape == (5,)
@@ -494,7 +504,9 @@ def test_convolution_layouts():
         assert got[3].stride() == view.stride()
     series = torch.randn(2, 3, p, 7)
     x = torch.randn(2, 3, 7)
-    for a, b in zip(results(x, series.movedim(2, -1), bins), results(x, series.movedim(2, -1).clone(), bins), strict=True):
+    for a, b in zip(
+        results(x, series.movedim(2, -1), bins), results(x, series.movedim(2, -1).clone(), bins), strict=True
+    ):
         assert_same(a, b)
 
 
@@ -946,17 +958,32 @@ def test_raw_operators_are_memory_safe():
         ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, 3, *how)),
         ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], 3, *how)),
         ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], 3, *how)),
-        ("sample_dims out of range", lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=2))),
-        ("sample_dims out of range", lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=-2))),
+        (
+            "sample_dims out of range",
+            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=2)),
+        ),
+        (
+            "sample_dims out of range",
+            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=-2)),
+        ),
         ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(tails="none"))),
         (
             "parametrization must be",
             lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(parametrization="none")),
         ),
         ("unsupported dtype", lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), 3, *how)),
-        ("one dtype", lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], *how)),
-        ("number of parameters", lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], *how)),
-        ("grad_y has another shape", lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, 3, *how)),
+        (
+            "one dtype",
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], *how),
+        ),
+        (
+            "number of parameters",
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], *how),
+        ),
+        (
+            "grad_y has another shape",
+            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, 3, *how),
+        ),
         (
             "grad_logdet has another shape",
             lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, 3, *how),
@@ -1100,7 +1127,8 @@ def test_dtensor_shards_samples():
         mesh = init_device_mesh("cpu", (2,))
         torch.manual_seed(0)
         x, params = torch.randn(6, 4), torch.randn(6, 4, 11)
-        for logdet, placement in (("sum", Shard(0)), ("elementwise", Shard(1)), ("sum", Shard(1)), ("sum", Replicate())):
+        cases = (("sum", Shard(0)), ("elementwise", Shard(1)), ("sum", Shard(1)), ("sum", Replicate()))
+        for logdet, placement in cases:
             a, b = (distribute_tensor(t, mesh, [placement]).requires_grad_() for t in (x, params))
             y, l = pyperf_dl.rational_quadratic_spline_packed(a, b, 4, logdet=logdet)
             if placement == Shard(0) or logdet == "elementwise":
@@ -1217,17 +1245,29 @@ BAD = [
     (TypeError, "x must be a torch.Tensor, got list", lambda f: f([1.0, 2.0])),
     (TypeError, "x must have one of the dtypes .* got torch.int64", lambda f: f(ZEROS.long())),
     (TypeError, "x must be a dense tensor, got torch.sparse_coo", lambda f: f(ZEROS.to_sparse())),
-    (TypeError, "must have x's dtype, or float16 .* got torch.float64 for x torch.float32", lambda f: f(params=PACKED.double())),
+    (
+        TypeError,
+        "must have x's dtype, or float16 .* got torch.float64 for x torch.float32",
+        lambda f: f(params=PACKED.double()),
+    ),
     (TypeError, "must have x's dtype.* got torch.float32 for x torch.bfloat16", lambda f: f(ZEROS.bfloat16())),
     (TypeError, "must have one of the dtypes .* got torch.int32", lambda f: f(params=PACKED.int())),
     (ValueError, "must be on x's device meta, got cpu", lambda f: f(ZEROS.to("meta"))),
-    (ValueError, r"must have shape \[\*x.shape, parameters\] or broadcast to it, got", lambda f: f(params=PACKED[:, :4])),
+    (
+        ValueError,
+        r"must have shape \[\*x.shape, parameters\] or broadcast to it, got",
+        lambda f: f(params=PACKED[:, :4]),
+    ),
     (ValueError, "must have a last dimension of parameters", lambda f: f(params=torch.tensor(1.0))),
     (TypeError, "inverse must be a bool, got 1", lambda f: f(inverse=1)),
     (TypeError, "identity_init must be a bool, got None", lambda f: f(identity_init=None)),
     (ValueError, "tails must be one of 'linear', 'circular', 'bounded', got 'none'", lambda f: f(tails="none")),
     (TypeError, "tails must be one of .*got None", lambda f: f(tails=None)),
-    (ValueError, "tails='circular' with K = 4 bins needs K = 4 derivatives an element .*, got 3", lambda f: f(tails="circular")),
+    (
+        ValueError,
+        "tails='circular' with K = 4 bins needs K = 4 derivatives an element .*, got 3",
+        lambda f: f(tails="circular"),
+    ),
     (ValueError, r"tails='bounded' with K = 4 bins needs K \+ 1 = 5 derivatives", lambda f: f(tails="bounded")),
     (ValueError, "parametrization must be one of 'nflows', 'zuko', got 'pyro'", lambda f: f(parametrization="pyro")),
     (ValueError, "tail_bound must be > 0, got 0", lambda f: f(tail_bound=0)),
@@ -1245,10 +1285,18 @@ BAD = [
     (ValueError, "min_derivative must be < 1 with identity_init", lambda f: f(min_derivative=1.5, identity_init=True)),
     (ValueError, "logit_scale must be > 0, got 0", lambda f: f(logit_scale=0)),
     (ValueError, r"slope must be in \(0, 1\), got 1.0", lambda f: f(parametrization="zuko", slope=1.0)),
-    (ValueError, "identity_init is for parametrization='nflows'", lambda f: f(parametrization="zuko", identity_init=True)),
+    (
+        ValueError,
+        "identity_init is for parametrization='nflows'",
+        lambda f: f(parametrization="zuko", identity_init=True),
+    ),
     (ValueError, "logdet must be one of 'elementwise', 'sum', got 'mean'", lambda f: f(logdet="mean")),
     (ValueError, "sum_dims needs logdet='sum'", lambda f: f(sum_dims=1)),
-    (ValueError, r"sum_dims must be in \[-2, 1\] for a tensor with 2 dimensions, got 2", lambda f: f(logdet="sum", sum_dims=2)),
+    (
+        ValueError,
+        r"sum_dims must be in \[-2, 1\] for a tensor with 2 dimensions, got 2",
+        lambda f: f(logdet="sum", sum_dims=2),
+    ),
     (ValueError, "sum_dims must name each dimension once", lambda f: f(logdet="sum", sum_dims=(1, -1))),
     (TypeError, "sum_dims must be an int, got 'x'", lambda f: f(logdet="sum", sum_dims="x")),
     (ValueError, "precision must be one of 'fast', 'exact', got 'high'", lambda f: f(precision="high")),
@@ -1275,18 +1323,22 @@ def test_bad_input(function, error, message, call):
 
 
 def test_bad_counts():
-    with pytest.raises(TypeError, match="^rational_quadratic_spline_packed: bins must be an int, got 4.0"):
+    with pytest.raises(TypeError, match=r"^rational_quadratic_spline_packed: bins must be an int, got 4.0"):
         call_packed(bins=4.0)
-    with pytest.raises(ValueError, match="^rational_quadratic_spline_packed: bins must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^rational_quadratic_spline_packed: bins must be >= 1, got 0"):
         call_packed(bins=0)
-    with pytest.raises(ValueError, match="with K = 5 bins needs K - 1 = 4 derivatives an element .14 parameters in all."):
+    with pytest.raises(
+        ValueError, match=r"with K = 5 bins needs K - 1 = 4 derivatives an element .14 parameters in all."
+    ):
         call_packed(bins=5)
     with pytest.raises(ValueError, match=r"number of bins must be in \[1, 256\], got 257"):
         call_packed(params=torch.zeros(2, 5, 3 * 257 - 1), bins=257)
     w, h, d = split(PACKED, 4)
-    with pytest.raises(ValueError, match="^rational_quadratic_spline: heights must have as many bins as widths, 4, got 3"):
+    with pytest.raises(
+        ValueError, match=r"^rational_quadratic_spline: heights must have as many bins as widths, 4, got 3"
+    ):
         rational_quadratic_spline(ZEROS, w, h[..., :3], d)
-    with pytest.raises(TypeError, match="^rational_quadratic_spline: derivatives must have the dtype of widths"):
+    with pytest.raises(TypeError, match=r"^rational_quadratic_spline: derivatives must have the dtype of widths"):
         rational_quadratic_spline(ZEROS, w, h, d.bfloat16())
     with pytest.raises(ValueError, match=r"number of bins must be in \[1, 256\], got 0"):
         rational_quadratic_spline(ZEROS, w[..., :0], h[..., :0], d[..., :0])

@@ -65,7 +65,15 @@ def stages(options, capability):
     sizes = ["--quick"] if quick else []
     drivers = sorted((ROOT / "tests" / "native").glob("*_cuda.cu"))
     programs = [ROOT / "build" / "native" / driver.stem for driver in drivers]
-    nvcc = [tool("nvcc"), "-std=c++17", "-O1", "--fmad=false", "-Xcompiler=-ffp-contract=off", "-lineinfo", f"-arch=sm_{capability}"]
+    nvcc = [
+        tool("nvcc"),
+        "-std=c++17",
+        "-O1",
+        "--fmad=false",
+        "-Xcompiler=-ffp-contract=off",
+        "-lineinfo",
+        f"-arch=sm_{capability}",
+    ]
     compiled = [[*nvcc, driver, "-o", program] for driver, program in zip(drivers, programs, strict=True)]
     yield Stage("build", 120 if quick else 240, [[python, "setup.py", "build_ext", "--inplace"]])
     check = [python, "-m", "pyperf_dl.check", "--device", "cuda", *sizes]

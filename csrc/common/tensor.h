@@ -50,8 +50,8 @@ inline std::vector<int64_t> physical_layout(const Tensor& x) {
   return layout;
 }
 
-// The same for a new tensor of the shape of `x` where x need not be dense: half of a channels_last tensor keeps its order
-// too. Expanded tensors get the logical one.
+// The same for a new tensor of the shape of `x` where x need not be dense: half of a channels_last tensor keeps its
+// order too. Expanded tensors get the logical one.
 inline std::vector<int64_t> preserved_layout(const Tensor& x) {
   std::vector<int64_t> layout(x.dim());
   std::iota(layout.begin(), layout.end(), int64_t(0));

@@ -11,9 +11,9 @@ struct SampleUnits {
   static constexpr int64_t kElements = 1024;  // of a unit, at most: their log-dets stay in the L1 cache
 
   int64_t samples, sample_size;
-  int64_t samples_per_unit;   // 1 where a sample is cut
-  int64_t pieces;             // units of one sample
-  int64_t count;              // units
+  int64_t samples_per_unit;  // 1 where a sample is cut
+  int64_t pieces;            // units of one sample
+  int64_t count;             // units
 
   // Without sums a "sample" is all there is.
   SampleUnits(int64_t samples, int64_t sample_size) : samples(samples), sample_size(sample_size) {

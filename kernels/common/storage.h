@@ -9,9 +9,7 @@ namespace pyperf {
 
 enum class Storage : int { f16, bf16, f32, f64 };
 
-PYPERF_HD constexpr int storage_bytes(Storage type) {
-  return type == Storage::f64 ? 8 : type == Storage::f32 ? 4 : 2;
-}
+PYPERF_HD constexpr int storage_bytes(Storage type) { return type == Storage::f64 ? 8 : type == Storage::f32 ? 4 : 2; }
 
 // visit(S()) with the type of the elements.
 template <class Visit>

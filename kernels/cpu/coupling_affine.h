@@ -156,8 +156,7 @@ struct ScaleParts {
 };
 
 template <class R, coupling::Activation kActivation, bool kSlope>
-__attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n, const R* u,
-                                          const ScaleParts<R>& to) {
+__attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n, const R* u, const ScaleParts<R>& to) {
   using M = VectorMachine<R>;
   const math::AffineConstants<R> c(how);
   R *const logdets = to.logdet, *const factors = to.factor, *const exponents = to.exponent, *const slopes = to.slope;
@@ -238,7 +237,7 @@ template <class R>
 struct AffineScratch {
   static constexpr int64_t kLanes = VectorMachine<R>::kLanes;
   static constexpr int64_t kForward = SampleUnits::kElements + kLanes;  // elements of an operand
-  static constexpr int64_t kBackwardTile = 512;                        // more operands share the cache
+  static constexpr int64_t kBackwardTile = 512;                         // more operands share the cache
   static constexpr int64_t kForwardBytes = (coupling::kForwardOperands + 3) * kForward * int64_t(sizeof(R));
   static constexpr int64_t kBackwardBytes = (coupling::kBackwardOperands + 3) * kBackwardTile * int64_t(sizeof(R));
 };
@@ -287,8 +286,7 @@ void affine_forward(const coupling::AffineCall<coupling::kForwardOperands>& call
                     const Parallel& parallel) {
   using namespace coupling;
   using Scratch = AffineScratch<R>;
-  const SampleUnits units =
-      call.summed ? SampleUnits(call.samples, call.sample_size) : SampleUnits(1, call.elements());
+  const SampleUnits units = call.summed ? SampleUnits(call.samples, call.sample_size) : SampleUnits(1, call.elements());
   R* const sums = static_cast<R*>(call.data[kLogdet]);
   parallel(units.count, 16, Scratch::kForwardBytes, [&](int64_t first, int64_t last, void* scratch) {
     R* const memory = static_cast<R*>(scratch);
@@ -311,8 +309,7 @@ void affine_forward(const coupling::AffineCall<coupling::kForwardOperands>& call
     }
   });
   if (!call.summed || units.pieces == 1) return;
-  for (int64_t s = 0; s < call.samples; ++s)
-    sums[s] = R(ordered_sum(partials + s * units.pieces, units.pieces));
+  for (int64_t s = 0; s < call.samples; ++s) sums[s] = R(ordered_sum(partials + s * units.pieces, units.pieces));
 }
 
 template <class R, class Parallel>

@@ -10,10 +10,10 @@ struct SplineScratch {
   using M = VectorMachine<R>;
   static constexpr int64_t L = M::kLanes;
   int64_t bins, parameters;
-  R* raw;                      // [parameters, L], replaced by their gradients
+  R* raw;                           // [parameters, L], replaced by their gradients
   typename M::V *widths, *heights;  // [bins]: exponentials
-  R *x, *grad_y, *y;           // [L]
-  R* logdet;                   // [SampleUnits::kElements + L], of a unit; or the gradients
+  R *x, *grad_y, *y;                // [L]
+  R* logdet;                        // [SampleUnits::kElements + L], of a unit; or the gradients
 
   static int64_t bytes(int64_t bins, int64_t parameters) {
     return int64_t(sizeof(R)) * ((parameters + 2 * bins + 3 + 1) * L + SampleUnits::kElements);
@@ -91,7 +91,8 @@ struct SplineStorage {
   explicit SplineStorage(const coupling::SplineElements& e) {
     with_storage(e.type, [&](auto s) { load_input = load<decltype(s)>, store_result = store<decltype(s)>; });
     with_storage(e.logdet_type, [&](auto s) { load_logdet = load<decltype(s)>, store_logdet = store<decltype(s)>; });
-    with_storage(e.parameter_type, [&](auto s) { load_raw = load_all<decltype(s)>, store_raw = store_all<decltype(s)>; });
+    with_storage(e.parameter_type,
+                 [&](auto s) { load_raw = load_all<decltype(s)>, store_raw = store_all<decltype(s)>; });
   }
 };
 

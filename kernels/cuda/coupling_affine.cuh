@@ -1,6 +1,6 @@
 // Affine couplings on a GPU: one kernel a direction, a thread for each element, or for 16 bytes of neighbours where all
-// operands lie so. Log-dets of a sample are summed by one block in a fixed order, or, where a sample is cut, by one block
-// a piece and a second kernel that adds the pieces up.
+// operands lie so. Log-dets of a sample are summed by one block in a fixed order, or, where a sample is cut, by one
+// block a piece and a second kernel that adds the pieces up.
 #pragma once
 
 #include "../common/sample_units.h"
@@ -164,8 +164,8 @@ PYPERF_DEVICE void backward_at(const AffineCall<kBackwardOperands>& call, const 
       math::affine_gradients<M, true>(c, grad_y[i], grad_logdet[i], x[i], shift[i], factor, exponent, slope, grad_x[i],
                                       grad_scale[i], grad_shift[i]);
     else
-      math::affine_gradients<M, false>(c, grad_y[i], grad_logdet[i], x[i], shift[i], factor, exponent, slope,
-                                       grad_x[i], grad_scale[i], grad_shift[i]);
+      math::affine_gradients<M, false>(c, grad_y[i], grad_logdet[i], x[i], shift[i], factor, exponent, slope, grad_x[i],
+                                       grad_scale[i], grad_shift[i]);
   }
   store_operand(call.data[kGradX], call.type[kGradX], at[kGradX], grad_x);
   store_operand(call.data[kGradScale], call.type[kGradScale], at[kGradScale], grad_scale);
@@ -279,17 +279,16 @@ cudaError_t affine_forward_packed(const AffineCall<kForwardOperands>& call, void
     const cudaError_t error = cuda::launch(affine_forward_kernel<R, kWidth>, (groups + kAffineBlock - 1) / kAffineBlock,
                                            kAffineBlock, 0, stream, call, groups);
     if (error != cudaSuccess || !call.summed) return error;
-    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0, stream,
-                        call.samples, static_cast<R*>(call.data[kLogdet]));
+    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0,
+                        stream, call.samples, static_cast<R*>(call.data[kLogdet]));
   }
   const int64_t pieces = affine_pieces(call), length = pieces > 1 ? kAffineSample : call.sample_size;
   int lanes = 1;
   while (lanes < kAffineBlock && int64_t(lanes) * kWidth < length) lanes *= 2;
   const int64_t per_block = kAffineBlock / lanes, total = call.samples * pieces;
   double* const partials = static_cast<double*>(memory);
-  const cudaError_t error =
-      cuda::launch(affine_sums_kernel<R, kWidth>, (total + per_block - 1) / per_block, kAffineBlock, 0, stream, call,
-                   pieces, lanes, partials);
+  const cudaError_t error = cuda::launch(affine_sums_kernel<R, kWidth>, (total + per_block - 1) / per_block,
+                                         kAffineBlock, 0, stream, call, pieces, lanes, partials);
   if (error != cudaSuccess || pieces == 1) return error;
   constexpr int64_t kPerBlock = kAffineBlock / 32;
   return cuda::launch(affine_pieces_kernel<R>, (call.samples + kPerBlock - 1) / kPerBlock, kAffineBlock, 0, stream,
@@ -301,8 +300,8 @@ cudaError_t affine_forward(const AffineCall<kForwardOperands>& call, void* memor
   constexpr int kWidth = 16 / int(sizeof(R));
   if (call.elements() == 0) {
     if (!call.summed) return cudaSuccess;
-    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0, stream,
-                        call.samples, static_cast<R*>(call.data[kLogdet]));
+    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0,
+                        stream, call.samples, static_cast<R*>(call.data[kLogdet]));
   }
   if (packs(call, kWidth, int(kLogdet))) return affine_forward_packed<R, kWidth>(call, memory, stream);
   return affine_forward_packed<R, 1>(call, memory, stream);

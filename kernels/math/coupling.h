@@ -18,7 +18,7 @@ struct Spline {
   bool inverse;
   bool exponential;  // zuko's parameters: soft-clipped logits, exponential slopes; else nflows': softplus slopes
   R left, right, bottom, top;
-  R least_width, width_room;    // a bin: least + room * its share of the softmax
+  R least_width, width_room;  // a bin: least + room * its share of the softmax
   R least_height, height_room;
   R least_slope, largest_slope;
   R logit_scale;

@@ -1,5 +1,5 @@
-// Affine couplings, for a machine M of elementary.h. No include guard and no namespace, as there; prelude: elementary.h,
-// coupling_affine_call.h.
+// Affine couplings, for a machine M of elementary.h. No include guard and no namespace, as there; prelude:
+// elementary.h, coupling_affine_call.h.
 //
 // A scale e = exp(scale_sign * log_scale(u)) is kept as factor * 2^exponent, so that no product with it overflows or
 // underflows on the way to a result that is representable.
@@ -8,9 +8,9 @@ template <class R>
 struct AffineFormat;
 template <>
 struct AffineFormat<float> {
-  static constexpr float kLargestLog = 200;  // exp of it takes the smallest number beyond the largest
-  static constexpr float kVanishing = -160;  // 2 to that power is 0
-  static constexpr float kFlatSoftplus = -17;  // below, log(softplus(u)) = u
+  static constexpr float kLargestLog = 200;            // exp of it takes the smallest number beyond the largest
+  static constexpr float kVanishing = -160;            // 2 to that power is 0
+  static constexpr float kFlatSoftplus = -17;          // below, log(softplus(u)) = u
   static constexpr float kLargeShift = 1.2676506e30f;  // 2^100
 };
 template <>
@@ -51,18 +51,18 @@ PYPERF_HD Value<M> atan_of_positive(Value<M> x) {
   const auto one = M::of(R(1));
   const auto below = M::select(large, x, M::select(middle, x + R(1), one));
   const auto above = M::select(large, M::of(R(-1)), M::select(middle, x - R(1), x));
-  const auto base = M::select(large, M::of(R(1.5707963267948966)),
-                              M::select(middle, M::of(R(0.78539816339744831)), M::of(R(0))));
+  const auto base =
+      M::select(large, M::of(R(1.5707963267948966)), M::select(middle, M::of(R(0.78539816339744831)), M::of(R(0))));
   const auto z = above / below, v = z * z;
   Value<M> series;
   if constexpr (sizeof(R) == 4)
     series = polynomial<M>(v, -0.333333317604345559, 0.199995403149579694, -0.14263949753605724, 0.107436683248300981,
                            -0.0645171886935895805);
   else
-    series = polynomial<M>(v, -0.333333333333333332, 0.199999999999998043, -0.142857142856597778, 0.111111111051505879,
-                           -0.0909090875325911294, 0.0769229636804212972, -0.0666642476020052014,
-                           0.0587892755447380676, -0.0523044364068694771, 0.0455154473402216165,
-                           -0.0345693150633260897, 0.0162843750500433943);
+    series =
+        polynomial<M>(v, -0.333333333333333332, 0.199999999999998043, -0.142857142856597778, 0.111111111051505879,
+                      -0.0909090875325911294, 0.0769229636804212972, -0.0666642476020052014, 0.0587892755447380676,
+                      -0.0523044364068694771, 0.0455154473402216165, -0.0345693150633260897, 0.0162843750500433943);
   return base + M::fma(z * v, series, z);
 }
 
@@ -91,7 +91,8 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
     const auto negative = M::less(v, zero);
     Value<M> n;
     const auto power = exp_parts<M>(clamp<M>(-abs<M>(v), M::of(-F::kLargestLog), zero), n) + R(1);
-    const auto e = M::scaled(power, M::larger(n, M::of(F::kVanishing))), reciprocal = R(1) / (e + R(1));  // e = exp(-|v|)
+    const auto e = M::scaled(power, M::larger(n, M::of(F::kVanishing))),
+               reciprocal = R(1) / (e + R(1));  // e = exp(-|v|)
     const auto log1p = log1p_of_fraction<M>(e);
     const bool upwards = c.scale_sign > 0;
     if constexpr (kActivation == Activation::sigmoid) {

@@ -33,8 +33,8 @@ enum AffineGradient {
   kBackwardOperands
 };
 
-// Element e of operand k: rows.offsets(e / n)[k] + e % n * stride[k]. `sample_size` neighbouring elements are one sample;
-// if summed, log-dets or their gradients are `samples` neighbours in memory.
+// Element e of operand k: rows.offsets(e / n)[k] + e % n * stride[k]. `sample_size` neighbouring elements are one
+// sample; if summed, log-dets or their gradients are `samples` neighbours in memory.
 template <int N>
 struct AffineCall {
   Affine how;

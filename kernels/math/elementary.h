@@ -19,8 +19,8 @@ template <>
 struct FloatFormat<float> {
   using Int = int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kRound = 12582912.0f;          // 1.5 * 2^23: adding it rounds to whole numbers
-  static constexpr float kLog2High = 0.693359375f;      // n * this is exact for the exponents n
+  static constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to whole numbers
+  static constexpr float kLog2High = 0.693359375f;  // n * this is exact for the exponents n
   static constexpr float kLog2Low = -2.12194440e-4f;
   static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f, kExpLowestNormal = -87.0f;
   static constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
@@ -137,7 +137,9 @@ PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n, Value<M>& rounding) {
     p = polynomial<M>(r, 0.49999993372855056, 0.16666519521795198, 0.041668401129923364, 0.008368851279253724,
                       0.001381431837544762);
   else
-    p = polynomial<M>(r, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889, 0.0001984126984126984, 2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07, 2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10);
+    p = polynomial<M>(r, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889,
+                      0.0001984126984126984, 2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07,
+                      2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10);
   return M::fma(r * r, p, r);
 }
 
@@ -186,9 +188,9 @@ PYPERF_HD Value<M> log(Value<M> x) {
                          0.06746601248797919);
   } else {
     const auto s = f / (f + R(2)), z = s * s;
-    const auto series = z * polynomial<M>(z, 0.33333333333333326, 0.1999999999999908, 0.1428571428595616,
-                                          0.11111111426611706, 0.09090841948657591, 0.07697352519529944,
-                                          0.06499195773245674, 0.08112584973239116);
+    const auto series =
+        z * polynomial<M>(z, 0.33333333333333326, 0.1999999999999908, 0.1428571428595616, 0.11111111426611706,
+                          0.09090841948657591, 0.07697352519529944, 0.06499195773245674, 0.08112584973239116);
     tail = s * (half_square + (series + series));  // 2 atanh(s) = 2 s + 2 s series; 2 s = f - s f
   }
   const auto low = M::fma(n, M::of(F::kLog2Low), tail - half_square);

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -257,8 +256,8 @@ def invertible_conv1x1(
 
 # ---- cases of `python -m pyperf_dl.check` ----
 
-# Relative to max(1, |value|). float32 gradients in steep bins are known to no more than this, in any implementation; 16-bit
-# results are rounded once.
+# Relative to max(1, |value|). float32 gradients in steep bins are known to no more than this, in any implementation;
+# 16-bit results are rounded once.
 _TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 4e-3, torch.float64: 1e-9}
 _SHAPES = [(7, 33), (2, 3, 130)]
 

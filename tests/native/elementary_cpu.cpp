@@ -53,12 +53,23 @@ using Evaluate = void (*)(int, const R*, R*, int64_t);
 template <class R>
 void test(const std::vector<std::pair<const char*, Evaluate<R>>>& levels, int rounds, const double (&bounds)[kCount]) {
   std::mt19937_64 generator(1);
-  const auto uniform = [&](double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); };
+  const auto uniform = [&](double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(generator);
+  };
   for (int function = 0; function < kCount; ++function) {
-    std::vector<R> x{R(0), R(-0.0), R(1), R(INFINITY), R(NAN), std::numeric_limits<R>::denorm_min(),
-                     std::numeric_limits<R>::min(), std::numeric_limits<R>::max(), R(0.5), R(2)};
+    std::vector<R> x{R(0),
+                     R(-0.0),
+                     R(1),
+                     R(INFINITY),
+                     R(NAN),
+                     std::numeric_limits<R>::denorm_min(),
+                     std::numeric_limits<R>::min(),
+                     std::numeric_limits<R>::max(),
+                     R(0.5),
+                     R(2)};
     if (function == kExp || function == kSoftplus)
-      for (double v : {-1.0, -87.0, -88.0, -103.0, -104.0, 88.0, 88.8, 89.0, -745.0, -746.0, 709.0, 710.0, -1e4, 1e4, double(-INFINITY)})
+      for (double v : {-1.0, -87.0, -88.0, -103.0, -104.0, 88.0, 88.8, 89.0, -745.0, -746.0, 709.0, 710.0, -1e4, 1e4,
+                       double(-INFINITY)})
         x.push_back(R(v));
     const double widest = sizeof(R) == 4 ? 105 : 750;
     for (int i = 0; i < rounds * 500; ++i) {
@@ -79,7 +90,8 @@ void test(const std::vector<std::pair<const char*, Evaluate<R>>>& levels, int ro
         worst = std::max(worst, error);
         report(error <= bounds[function], kNames[function], x[i], y[i], double(truth(function, x[i])));
         if (!first.empty())
-          report(std::memcmp(&first[i], &y[i], sizeof(R)) == 0 || (y[i] != y[i] && first[i] != first[i]), "level", x[i], y[i], first[i]);
+          report(std::memcmp(&first[i], &y[i], sizeof(R)) == 0 || (y[i] != y[i] && first[i] != first[i]), "level", x[i],
+                 y[i], first[i]);
       }
       if (first.empty()) first = y;
       printf("%-10s %-8s %zu bits: %.3f ulp\n", name, kNames[function], 8 * sizeof(R), worst);
