@@ -1,4 +1,4 @@
-"""Cases of the family `coupling`: splines forward, inverse and with gradients, sizes, layouts, real features.
+"""Cases of the family `coupling`: splines and affine layers, forward, inverse and with gradients, real features.
 
 `pytest bench --benchmark-only` runs the quick ones; `python bench/run.py --family coupling` makes the report.
 """
@@ -51,7 +51,7 @@ class Spec(NamedTuple):
 # ---- inputs ----
 
 
-def with_gradients(spec: Spec, x: torch.Tensor, params: torch.Tensor, generator: torch.Generator) -> Any:
+def with_gradients(spec: Any, x: torch.Tensor, params: torch.Tensor, generator: torch.Generator) -> Any:
     """x, parameters, and for a backward the gradients of y and of the log-det."""
     if not spec.gradient:
         return x, params
@@ -146,7 +146,7 @@ def ours(spec: Spec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tenso
     )
 
 
-def run(spec: Spec, function: Callable[..., Any], inputs: Any) -> tuple[torch.Tensor, ...]:
+def run(spec: Any, function: Callable[..., Any], inputs: Any) -> tuple[torch.Tensor, ...]:
     """Outputs, and gradients where the case asks for them."""
     y, logdet = function(*inputs[:2])
     if not spec.gradient:
@@ -154,7 +154,7 @@ def run(spec: Spec, function: Callable[..., Any], inputs: Any) -> tuple[torch.Te
     return y.detach(), logdet.detach(), *torch.autograd.grad((y, logdet), inputs[:2], inputs[2:])
 
 
-def check(spec: Spec) -> Callable[[Any, Any, bool], float]:
+def check(spec: Any, function: Callable[..., Any]) -> Callable[[Any, Any, bool], float]:
     """Largest error against the float64 reference; of y and log-det relative to max(1, size), of gradients to their
     largest entry."""
 
@@ -163,7 +163,7 @@ def check(spec: Spec) -> Callable[[Any, Any, bool], float]:
         wide = [t.detach()[some].double() for t in inputs]
         wide = [t.requires_grad_() if spec.gradient and i < 2 else t for i, t in enumerate(wide)]
         with pyperf_dl.backend("reference"):
-            wanted = run(spec, functools.partial(ours, spec), wide)
+            wanted = run(spec, functools.partial(function, spec), wide)
         worst = 0.0
         for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
             size = want.abs().clamp(min=1) if i < 2 else want.abs().max().clamp(min=1)
@@ -205,7 +205,7 @@ def peers_of(spec: Spec) -> dict[str, Peer]:
 # ---- cases ----
 
 
-def moved(spec: Spec, inputs: Any, outputs: Any) -> int:
+def moved(spec: Any, inputs: Any, outputs: Any) -> int:
     """x and parameters in, y and log-det out; a backward reads x and parameters again."""
     again = tensor_bytes(inputs[:2]) if spec.gradient else 0
     return tensor_bytes(inputs, outputs) + again
@@ -223,7 +223,7 @@ def spline_case(name: str, spec: Spec, make: Any = None, peers: bool = True) -> 
         spec.device,
         make=(make or random_elements)(spec),
         ours=lambda inputs: run(spec, functools.partial(ours, spec), inputs),
-        error=check(spec),
+        error=check(spec, ours),
         moved=functools.partial(moved, spec),
         peers=peers_of(spec) if peers else {},
         tolerance=TOLERANCE[spec.dtype],
@@ -248,9 +248,115 @@ def spline_cases(device: str, full: bool) -> list[Case]:
     return found
 
 
+# ---- affine couplings ----
+
+
+class AffineSpec(NamedTuple):
+    """x [rows, 64], and scale and shift as the two halves of one conditioner's output."""
+
+    rows: int
+    activation: str
+    device: str
+    what: str = "forward"
+    dtype: torch.dtype = torch.float32
+    full: bool = False
+
+    @property
+    def inverse(self) -> bool:
+        return self.what == "inverse"
+
+    @property
+    def gradient(self) -> bool:
+        return self.what == "forward + backward"
+
+
+def affine_elements(spec: AffineSpec) -> Callable[[torch.Generator], Any]:
+    def make(generator: torch.Generator) -> Any:
+        how = {"generator": generator, "device": generator.device, "dtype": spec.dtype}
+        x, params = torch.randn(spec.rows, 64, **how), torch.randn(spec.rows, 128, **how)
+        return with_gradients(spec, x, params, generator)
+
+    return make
+
+
+def our_affine(spec: AffineSpec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale, shift = params.chunk(2, -1)
+    return pyperf_dl.affine_coupling(x, scale, shift, inverse=spec.inverse, activation=spec.activation)
+
+
+def eager_affine(spec: AffineSpec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in PyTorch's operators, as flow libraries write it."""
+    scale, shift = params.chunk(2, -1)
+    log_scale = _LOG_SCALES[spec.activation](scale)
+    y = (x - shift) * torch.exp(-log_scale) if spec.inverse else x * torch.exp(log_scale) + shift
+    return y, (-log_scale if spec.inverse else log_scale).sum(-1)
+
+
+_LOG_SCALES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "exp": lambda u: u,
+    "sigmoid": lambda u: torch.nn.functional.logsigmoid(u + 2),
+    "softplus": lambda u: torch.nn.functional.softplus(u).log(),
+    "tanh": lambda u: 2.0 * torch.tanh(u),
+    "atan": lambda u: 2.0 * 0.636 * torch.atan(u),
+}
+
+
+def zuko_affine(spec: AffineSpec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its own clipping of the same kind: as much work, other numbers."""
+    scale, shift = params.chunk(2, -1)
+    transform = optional("zuko.transforms").MonotonicAffineTransform(shift, scale)
+    y, logdet = (transform.inv if spec.inverse else transform).call_and_ladj(x)
+    return y, logdet.sum(-1)
+
+
+def affine_peers(spec: AffineSpec) -> dict[str, Peer]:
+    def peer(function: Callable[..., Any], compiled: bool = False) -> Peer:
+        call = functools.partial(function, spec)
+        call = torch.compile(call, dynamic=False) if compiled else call
+        agrees = None
+        if function is eager_affine:
+            agrees = lambda inputs, mine, theirs: torch.allclose(mine[0], theirs[0], rtol=1e-3, atol=1e-3)  # noqa: E731
+        return Peer(lambda inputs: run(spec, call, inputs), agrees=agrees, compiles=compiled)
+
+    found = {"eager": peer(eager_affine), "compiled": peer(eager_affine, True)}
+    if spec.activation == "exp" and optional("zuko") is not None:
+        found["zuko"] = peer(zuko_affine)
+    return found
+
+
+def affine_case(name: str, spec: AffineSpec, peers: bool = True) -> Case:
+    return Case(
+        FAMILY,
+        "affine_coupling",
+        f"{spec.what}, {name}",
+        spec.dtype,
+        spec.device,
+        make=affine_elements(spec),
+        ours=lambda inputs: run(spec, functools.partial(our_affine, spec), inputs),
+        error=check(spec, our_affine),
+        moved=functools.partial(moved, spec),
+        peers=affine_peers(spec) if peers else {},
+        tolerance={torch.float32: 1e-4, torch.bfloat16: 2e-2}[spec.dtype],
+        params={"activation": spec.activation, "shape": [spec.rows, 64], "what": spec.what},
+        cold=spec.rows > 1024,
+    )
+
+
+def affine_cases(device: str, full: bool) -> list[Case]:
+    """Activations, directions, sizes."""
+    base = AffineSpec(262_144 if device == "cuda" else 65_536, "exp", device, full=full)
+    found = [affine_case("exp", base._replace(what=what), full or what != "inverse") for what in DIRECTIONS]
+    for activation in tuple(_LOG_SCALES)[1:]:
+        for what in DIRECTIONS if full else DIRECTIONS[-1:]:
+            found.append(affine_case(activation, base._replace(activation=activation, what=what), full))
+    found.append(affine_case("exp", base._replace(what=DIRECTIONS[-1], dtype=torch.bfloat16), False))
+    found += [affine_case("exp, 4096 elements", base._replace(rows=64, what=what), full) for what in DIRECTIONS]
+    return found
+
+
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device."""
-    return spline_cases(device, full)
+    return spline_cases(device, full) + affine_cases(device, full)
 
 
 # ---- pytest ----

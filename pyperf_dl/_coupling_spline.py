@@ -326,8 +326,8 @@ def rational_quadratic_spline(
             goes on outside, so that no input is refused).
         tail_bound: the box is [-tail_bound, tail_bound] along x and y.
         bounds: (left, right, bottom, top) of the box, instead.
-        min_bin_width, min_bin_height, min_derivative: the first two as a part of the box; all > 0 for a finite log-det of
-            every input.
+        min_bin_width, min_bin_height, min_derivative: the first two are parts of the box; all > 0 for a finite log-det
+            of every input.
         identity_init: softplus is sharpened so that raw derivatives of 0 give slope 1 (nflows' enable_identity_init).
         logit_scale: factor of the raw widths and heights; nflows' couplings divide them by sqrt(hidden features).
         parametrization: ``"nflows"``, as above, or ``"zuko"``: ``u / (1 + |2 u / log slope|)`` before the softmax,
