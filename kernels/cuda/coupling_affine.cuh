@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kAffineBlock)
 // `lanes` threads, a power of two, share each piece of a sample: every thread adds up what it meets, then they halve.
 // pieces > 1: sums of pieces go to `partials`.
 template <class R, int kWidth>
-__global__ void __launch_bounds__(kAffineBlock)
+__global__ void __launch_bounds__(kAffineBlock, 2)
     affine_sums_kernel(AffineCall<kForwardOperands> call, int64_t pieces, int lanes, double* partials) {
   __shared__ double shared[kAffineBlock];
   const math::AffineConstants<R> c(call.how);

@@ -259,15 +259,15 @@ PYPERF_DEVICE void element_offsets(const SplineElements& e, bool linear, int64_t
 }
 
 // Blocks that a multiprocessor is to hold: as many as registers allow without spilling.
-constexpr int spline_blocks(bool backward, int bins, size_t real_bytes) {
+constexpr int spline_blocks(int bins, size_t real_bytes) {
   if (bins == 0) return real_bytes == 8 ? 5 : 8;
-  if (bins <= 8) return backward ? 7 : 8;
-  if (bins <= 10) return backward ? 6 : 7;
+  if (bins <= 8) return 7;
+  if (bins <= 10) return 6;
   return bins <= 16 ? 5 : 3;
 }
 
 template <bool kBackward, int kBins, class R, class Row>
-__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBackward, kBins, sizeof(R)))
+__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)))
     spline_kernel(SplineElements e, Spline<R> c, SplinePlan s, double* partials) {
   using M = ScalarMachine<R>;
   using cuda::RowCopy;
