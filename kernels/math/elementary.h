@@ -40,12 +40,31 @@ struct FloatFormat<double> {
   static constexpr int kSubnormalExponent = 54;
 };
 
+// The bits of a scalar as a number that wraps around, as those of vectors do.
+template <class I>
+struct WrappingInt {
+  using Unsigned = std::make_unsigned_t<I>;
+  I value;
+
+  PYPERF_HD WrappingInt(I value) : value(value) {}
+  PYPERF_HD friend WrappingInt operator+(WrappingInt a, WrappingInt b) {
+    return I(Unsigned(a.value) + Unsigned(b.value));
+  }
+  PYPERF_HD friend WrappingInt operator-(WrappingInt a, WrappingInt b) {
+    return I(Unsigned(a.value) - Unsigned(b.value));
+  }
+  PYPERF_HD friend WrappingInt operator&(WrappingInt a, WrappingInt b) { return I(a.value & b.value); }
+  PYPERF_HD friend WrappingInt operator|(WrappingInt a, WrappingInt b) { return I(a.value | b.value); }
+  PYPERF_HD friend WrappingInt operator<<(WrappingInt a, int n) { return I(Unsigned(a.value) << n); }
+  PYPERF_HD friend WrappingInt operator>>(WrappingInt a, int n) { return I(a.value >> n); }
+};
+
 // One number: a thread of a GPU.
 template <class Real>
 struct ScalarMachine {
   using R = Real;
   using V = R;
-  using Int = typename FloatFormat<R>::Int;
+  using Int = WrappingInt<typename FloatFormat<R>::Int>;
   using Mask = bool;
   static constexpr int kLanes = 1;
 
@@ -68,13 +87,13 @@ struct ScalarMachine {
       return ::sqrt(a);
   }
   PYPERF_HD static Int bits(V a) {
-    Int i;
+    typename FloatFormat<R>::Int i;
     memcpy(&i, &a, sizeof i);
     return i;
   }
   PYPERF_HD static V from_bits(Int i) {
     V a;
-    memcpy(&a, &i, sizeof a);
+    memcpy(&a, &i.value, sizeof a);
     return a;
   }
   PYPERF_HD static V scaled(V v, V n);
@@ -170,8 +189,10 @@ template <class M>
 PYPERF_HD Value<M> log(Value<M> x) {
   using R = typename M::R;
   using F = FloatFormat<R>;
+  const R infinity = R(HUGE_VAL);
+  const auto positive = M::less(M::of(R(0)), x) & M::less(x, M::of(infinity));
   const auto subnormal = M::less(x, M::of(F::kSmallestNormal));
-  const auto v = M::select(subnormal, x * F::kSubnormalScale, x);
+  const auto v = M::select(positive, M::select(subnormal, x * F::kSubnormalScale, x), M::of(R(1)));
   // v = 2^n * m with m in [sqrt(1/2), sqrt(2))
   const auto root = M::bits(M::of(R(0.70710678118654752)));
   const auto exponent = (M::bits(v) - root) >> F::kMantissa;
@@ -195,9 +216,7 @@ PYPERF_HD Value<M> log(Value<M> x) {
   }
   const auto low = M::fma(n, M::of(F::kLog2Low), tail - half_square);
   const auto r = M::fma(n, M::of(F::kLog2High), f + low);
-  const R infinity = R(HUGE_VAL);
   const auto special = M::select(M::less(x, M::of(R(0))), M::of(R(NAN)), x + x);  // NaN and inf stay
-  const auto positive = M::less(M::of(R(0)), x) & M::less(x, M::of(infinity));
   const auto zero = M::at_least(M::of(R(0)), x) & M::at_least(x, M::of(R(0)));
   return M::select(positive, r, M::select(zero, M::of(-infinity), special));
 }

@@ -1,5 +1,5 @@
-// g++ -std=c++20 -O1 -ffp-contract=off [-fsanitize=address,undefined] coupling_affine_cuda.cpp: the CUDA kernels of affine
-// couplings on a CPU, with the threads of a block in three orders, against the formula in double.
+// g++ -std=c++20 -O1 -ffp-contract=off [-fsanitize=address,undefined] coupling_affine_cuda.cpp: the CUDA kernels of
+// affine couplings on a CPU, with the threads of a block in three orders, against the formula in double.
 #include "cuda_emulator.h"
 //
 #include <algorithm>
@@ -155,9 +155,10 @@ void round_of(int64_t samples, int64_t size) {
       if (!summed) check_near("log-det", f[kLogdet].get(s, i), log, 1, r);
       total += log, size_of_total += std::fabs(log);
       const double step = 1e-5, bend = how.activation == Activation::exp && std::fabs(std::fabs(u) - how.clamp) < 1e-3;
-      const double slope = how.scale_sign *
-                           (log_scale(how.activation, how.clamp, u + step) - log_scale(how.activation, how.clamp, u - step)) /
-                           (2 * step);
+      const double slope =
+          how.scale_sign *
+          (log_scale(how.activation, how.clamp, u + step) - log_scale(how.activation, how.clamp, u - step)) /
+          (2 * step);
       const double gy = b[kGradY].get(s, i), gl = summed ? double(sample_grads[s]) : b[kGradLogdet].get(s, i);
       const double grad_shift = how.shift_sign * (how.shift_before ? gy * e : gy);
       const double size_of_grads = std::fabs(gy) * (1 + terms) + std::fabs(gl);

@@ -120,8 +120,8 @@ std::vector<std::pair<const char*, Evaluate<R>>> levels() {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
-  test<float>(levels<float>(), rounds, {1.0, 1.0, 2.0, 2.5});
-  test<double>(levels<double>(), rounds, {1.0, 1.0, 2.0, 2.5});
+  test<float>(levels<float>(), rounds, {1.0, 1.0, 2.0, 3.0});
+  test<double>(levels<double>(), rounds, {1.0, 1.0, 2.0, 3.0});
   printf("%d passed, %d failed\n", passed, failed);
   return failed ? 1 : 0;
 }
