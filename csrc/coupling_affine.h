@@ -11,7 +11,7 @@
 
 #include "../kernels/common/sample_units.h"
 #include "../kernels/math/coupling_affine_call.h"
-#include "common/tensor.h"
+#include "coupling.h"
 
 namespace pyperf::coupling {
 
@@ -50,21 +50,6 @@ struct AffineArguments {
 
 namespace affine {
 
-inline Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return Storage::f16;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::Double: return Storage::f64;
-    default: require(false, "affine_coupling: tensors must be float16, bfloat16, float32 or float64");
-  }
-  return Storage::f32;
-}
-
-inline ScalarType logdet_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_companion(const char* what, const Tensor& t, const Tensor& x, int64_t dims) {
   require(t.dim() == dims && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
           "affine_coupling: ", what, " has a shape that does not belong to x");
@@ -82,13 +67,9 @@ inline void check_inputs(const Tensor& x, const Tensor& scale, const Tensor& shi
           "affine_coupling: scale and shift must have the dtype of x, or 16 bits for a float32 x");
 }
 
-inline std::vector<int64_t> leading_sizes(const Tensor& x, int64_t dims) {
-  return {x.sizes().begin(), x.sizes().begin() + dims};
-}
-
 // A new tensor like `t`, which keeps the order of its dimensions in memory.
 inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
-  return empty(t, leading_sizes(t, t.dim()), preserved_layout(t), dtype);
+  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), dtype);
 }
 
 // False where the operands' dimensions cannot be walked as they are. `logdet`: that operand, contiguous if summed.
@@ -104,7 +85,7 @@ bool make_call(const std::array<const Tensor*, N>& operands, int logdet, const A
     strides[k].assign(walked.strides().begin(), walked.strides().end());
     starts[k] = strides[k].data();
   }
-  const std::vector<int64_t> sizes = leading_sizes(shape, shape.dim());
+  const std::vector<int64_t> sizes = sizes_of(shape, shape.dim());
   const ElementRuns<N> runs(sizes.data(), shape.dim(), starts, std::max<int64_t>(how.sample_dims, 0));
   if (!runs.fits) return false;
   call.how = how.affine();
@@ -130,9 +111,9 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
   const Tensor y = affine::empty_as(x, x.scalar_type());
   std::vector<int64_t> logical(std::max<int64_t>(sample_dims, 0));
   std::iota(logical.begin(), logical.end(), int64_t(0));
-  const ScalarType type = affine::logdet_type(x);
+  const ScalarType type = logdet_type(x);
   const Tensor logdet =
-      sample_dims < 0 ? affine::empty_as(x, type) : empty(x, affine::leading_sizes(x, sample_dims), logical, type);
+      sample_dims < 0 ? affine::empty_as(x, type) : empty(x, sizes_of(x, sample_dims), logical, type);
   AffineCall<kForwardOperands> call{};
   if (!affine::make_call<kForwardOperands>({&x, &scale, &shift, &logdet, &y}, kLogdet, how, call))
     return affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift), inverse, activation, clamp,
@@ -152,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
   affine::check_inputs(x, scale, shift, sample_dims);
   affine::check_companion("grad_y", grad_y, x, x.dim());
   affine::check_companion("grad_logdet", grad_logdet, x, sample_dims < 0 ? x.dim() : sample_dims);
-  require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == affine::logdet_type(x),
+  require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
           "affine_coupling: gradients must have the dtypes of the outputs");
   const Tensor of_logdet = sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   const Tensor grad_x = affine::empty_as(x, x.scalar_type());

@@ -9,22 +9,11 @@
 
 #include "../kernels/common/sample_units.h"
 #include "../kernels/math/coupling.h"
-#include "common/tensor.h"
+#include "coupling.h"
 
 namespace pyperf::coupling {
 
 // ---- checks ----
-
-inline Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return Storage::f16;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::Double: return Storage::f64;
-    default: require(false, "coupling: unsupported dtype");
-  }
-  return Storage::f32;
-}
 
 inline Tails tails_named(const std::string& name) {
   if (name == "linear") return Tails::linear;
@@ -95,10 +84,6 @@ inline void check_shape(const char* what, const Tensor& t, const Tensor& x, int6
   require(t.device() == x.device(), "coupling: tensors must be on one device");
 }
 
-inline ScalarType logdet_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // ---- elements ----
 
 // False where the tensors' dimensions cannot be walked as they are.
@@ -160,10 +145,6 @@ bool run_spline(const SplineTensors& t, const SplineArguments& how, int64_t bins
   else
     Backend::template spline<kBackward>(e, how.spline<float>(bins), t.x);
   return true;
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
-  return {t.sizes().begin(), t.sizes().begin() + dims};
 }
 
 // ---- operators ----
