@@ -136,6 +136,8 @@ def _number(op: str, name: str, value: Any) -> float:
         raise TypeError(f"{op}: {name} must be a number, got {_checks.described(value)}")
     if not -math.inf < value < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if value != 0 and not 1e-30 <= abs(value) <= 1e30:  # their products must be numbers of float32 too
+        raise ValueError(f"{op}: {name} must be 0 or of a size in [1e-30, 1e30], got {value}")
     return float(value)
 
 
