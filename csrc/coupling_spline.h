@@ -104,7 +104,8 @@ inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineE
   std::array<std::vector<int64_t>, kSplineOperands> strides;
   std::array<const int64_t*, kSplineOperands> starts{};
   for (int k = 0; k < kSplineOperands; ++k) {
-    for (int64_t d = 0; d < dims; ++d) strides[k].push_back(operands[k]->stride(d));
+    const Tensor& walked = operands[k]->numel() == 0 ? t.result : *operands[k];  // one bin has no derivatives
+    for (int64_t d = 0; d < dims; ++d) strides[k].push_back(walked.stride(d));
     starts[k] = strides[k].data();
   }
   const ElementRuns<kSplineOperands> runs(sizes.data(), dims, starts, std::max<int64_t>(sample_dims, 0));
@@ -168,7 +169,7 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
   SplineTensors t;
   t.x = x;
   t.parameters = parameters;
-  const auto layout = physical_layout(x);
+  const auto layout = preserved_layout(x);
   t.result = empty(x, sizes_of(x, x.dim()), layout, x.scalar_type());
   if (how.sample_dims < 0) {
     t.logdet = empty(x, sizes_of(x, x.dim()), layout, logdet_type(x));
@@ -205,7 +206,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   t.grad_y = &grad_y;
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   t.backward = true;
-  t.result = empty(x, sizes_of(x, x.dim()), physical_layout(x), x.scalar_type());
+  t.result = empty(x, sizes_of(x, x.dim()), preserved_layout(x), x.scalar_type());
   if (run_spline<Backend, true>(t, how, bins)) return t.result;
   std::array<Tensor, 3> copies, dense;
   std::array<Parameters, 3> into = gradients;
@@ -225,7 +226,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
 }
 
 inline Tensor gradient_like(const Tensor& t) {
-  return empty(t, sizes_of(t, t.dim()), physical_layout(t), t.scalar_type());
+  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), t.scalar_type());
 }
 inline std::array<Parameters, 3> split(const Tensor& packed, int64_t bins) {
   return {Parameters{&packed, 0, bins}, Parameters{&packed, bins, bins},

@@ -11,7 +11,7 @@ import torch
 
 from . import _checks
 from ._autograd import Operator
-from ._coupling_spline import DTYPES, HALF_DTYPES, _arranged, _number
+from ._coupling_spline import DTYPES, HALF_DTYPES, _arranged, _like, _number
 from .reference import coupling as reference
 
 ACTIVATIONS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
@@ -22,15 +22,6 @@ ORDERS = ("scale_shift", "shift_scale")
 # ---- operators: shapes, derivatives, batching, sharding ----
 
 # statics: inverse, activation, clamp, shift_first, sample_dims
-
-
-def _like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty tensor whose dimensions lie in memory in the order of those of t (csrc: preserved_layout)."""
-    layout = list(range(t.dim()))
-    expanded = any(t.stride(d) == 0 and t.shape[d] != 1 for d in layout)
-    if not t.is_contiguous() and not expanded:
-        layout = sorted(layout, key=lambda d: -t.stride(d))
-    return torch.empty_permuted(t.shape, layout, dtype=dtype or t.dtype, device=t.device)
 
 
 def _fake_forward(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
@@ -69,6 +60,8 @@ def _tangents(ctx, *tangents):
     if shift is not None:
         shift = -shift if ctx.statics[0] else shift
     tangent = shift if x is None else x if shift is None else x + shift
+    if tangent is None:  # of the scale alone, which does nothing
+        return None, None
     like = _fake_forward(tangent, None, None, *ctx.statics)[1]
     return tangent, torch.zeros_like(like)
 
@@ -274,7 +267,7 @@ def affine_coupling(
         scale, shift = _centred(scale, x, activation, bound, sample_dims), shift.to(x.dtype)
         activation, bound = "exp", 0.0
     y, total = _coupling(x, scale, shift, inverse, activation, bound, shift_first, sample_dims)
-    if volume_preserving and sample_dims >= 0:
+    if volume_preserving and sample_dims >= 0 and x.dtype not in HALF_DTYPES:  # 16 bits do not hold a mean of 0
         total = torch.zeros_like(total)
     return (y if back is None else y.permute(back)), total
 

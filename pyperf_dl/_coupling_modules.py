@@ -690,6 +690,13 @@ def _tried(layer: _Coupling) -> None:
 # ---- layers along the channels ----
 
 
+def _unversioned(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Writes inside do not count as changes of t for the backward of what came before."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(t)
+
+
 class ActNorm(_Layer):
     """Affine map of every channel, y = x * exp(log_scale) + bias, whose first batch comes out standardised.
 
@@ -752,8 +759,9 @@ class ActNorm(_Layer):
         deviation = (centred.square().sum(dims) / count).sqrt()
         scale = torch.where(deviation > 0, 1 / deviation, 1.0)  # of a constant channel only the mean is known
         keep = self.initialised | (count == 0)
-        self.log_scale.copy_(torch.where(keep, self.log_scale, scale.log().to(self.log_scale.dtype)))
-        self.bias.copy_(torch.where(keep, self.bias, (-mean * scale).to(self.bias.dtype)))
+        with _unversioned(self.log_scale), _unversioned(self.bias):  # what is kept was not changed
+            self.log_scale.copy_(torch.where(keep, self.log_scale, scale.log().to(self.log_scale.dtype)))
+            self.bias.copy_(torch.where(keep, self.bias, (-mean * scale).to(self.bias.dtype)))
         self.initialised.copy_(self.initialised | (count > 0))
         self._surely_initialised = mask is None
 

@@ -24,27 +24,19 @@ _STATICS = 9
 _SAMPLE_DIMS = -2
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor of x's shape, with its order of dimensions in memory if x is dense (csrc: physical_layout)."""
-    layout = list(range(x.dim()))
-    if not x.is_contiguous():
-        by_stride = sorted(layout, key=lambda d: -x.stride(d))
-        expected: Any = 1
-        for d in reversed(by_stride):
-            if x.shape[d] == 1:
-                continue
-            if x.stride(d) != expected:
-                break
-            expected = expected * x.shape[d]
-        else:
-            layout = by_stride
-    return torch.empty_permuted(x.shape, layout, dtype=x.dtype, device=x.device)
+def _like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty tensor whose dimensions lie in memory in the order of those of t (csrc: preserved_layout)."""
+    layout = list(range(t.dim()))
+    expanded = any(t.stride(d) == 0 and t.shape[d] != 1 for d in layout)
+    if not t.is_contiguous() and not expanded:
+        layout = sorted(layout, key=lambda d: -t.stride(d))
+    return torch.empty_permuted(t.shape, layout, dtype=dtype or t.dtype, device=t.device)
 
 
 def _fake_forward(x, *rest):
     sample_dims = rest[_SAMPLE_DIMS]
     dtype = reference.logdet_dtype(x)
-    logdet = _like(x).to(dtype) if sample_dims < 0 else x.new_empty(x.shape[:sample_dims], dtype=dtype)
+    logdet = _like(x, dtype) if sample_dims < 0 else x.new_empty(x.shape[:sample_dims], dtype=dtype)
     return _like(x), logdet
 
 
@@ -234,12 +226,13 @@ def _plan(
 
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
-_CACHED_TYPES = (bool, int, float, str, tuple, type(None))
+_CACHED_TYPES = (bool, int, float, str, type(None))
 _cached_plan = functools.lru_cache(maxsize=256, typed=True)(_plan)  # typed: True is not 1 here
 
 
 def _planned(*arguments: Any) -> _How:
-    plain = not torch.compiler.is_compiling() and all(type(a) in _CACHED_TYPES for a in arguments)
+    flat = [v for a in arguments for v in (a if type(a) is tuple else (a,))]  # `typed` does not look into tuples
+    plain = not torch.compiler.is_compiling() and all(type(v) in _CACHED_TYPES for v in flat)
     return (_cached_plan if plain else _plan)(*arguments)
 
 

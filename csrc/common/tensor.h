@@ -94,13 +94,15 @@ struct RowsAlong {
     };
     std::vector<Dim> dims;
     const Tensor& shape = *operands[0];
+    // Of a tensor without elements the strides mean nothing, and a copy of it keeps them.
+    const auto step = [&](int n, int64_t d) { return operands[n]->numel() == 0 ? 0 : operands[n]->stride(d); };
     for (int64_t d = 0; d < shape.dim(); ++d) {
       if (d == dim || shape.size(d) == 1) continue;
       Dim entry{shape.size(d), {}};
-      for (int n = 0; n < N; ++n) entry.stride[n] = operands[n]->stride(d);
+      for (int n = 0; n < N; ++n) entry.stride[n] = step(n, d);
       dims.push_back(entry);
     }
-    for (int n = 0; n < N; ++n) stride[n] = operands[n]->stride(dim);
+    for (int n = 0; n < N; ++n) stride[n] = step(n, dim);
     // Walk memory in the order of the last operand, which is the one written.
     std::stable_sort(dims.begin(), dims.end(),
                      [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
@@ -180,6 +182,11 @@ struct ElementRuns {
       } else {
         merged.push_back(dim);
       }
+    }
+    if (samples * sample_size == 0) {  // strides mean nothing then, and a copy would keep them
+      n = 0;
+      rows.count = 1;
+      return;
     }
     if (!merged.empty()) {
       n = merged.back().size;
