@@ -112,8 +112,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
   std::vector<int64_t> logical(std::max<int64_t>(sample_dims, 0));
   std::iota(logical.begin(), logical.end(), int64_t(0));
   const ScalarType type = logdet_type(x);
-  const Tensor logdet =
-      sample_dims < 0 ? affine::empty_as(x, type) : empty(x, sizes_of(x, sample_dims), logical, type);
+  const Tensor logdet = sample_dims < 0 ? affine::empty_as(x, type) : empty(x, sizes_of(x, sample_dims), logical, type);
   AffineCall<kForwardOperands> call{};
   if (!affine::make_call<kForwardOperands>({&x, &scale, &shift, &logdet, &y}, kLogdet, how, call)) {
     const auto [dense_y, dense_logdet] = affine_coupling<Backend>(

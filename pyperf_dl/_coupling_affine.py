@@ -147,13 +147,16 @@ def _plan(
 
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
-_CACHED_TYPES = (bool, int, float, str, type(None))
 _planned = functools.lru_cache(maxsize=256, typed=True)(_plan)
 
 
 def _planned_once(*arguments: Any) -> tuple[float, bool]:
-    plain = not torch.compiler.is_compiling() and all(type(a) in _CACHED_TYPES for a in arguments)
-    return (_planned if plain else _plan)(*arguments)
+    if torch.compiler.is_compiling():
+        return _plan(*arguments)
+    try:
+        return _planned(*arguments)
+    except TypeError:  # an argument without a hash, or a wrong one
+        return _plan(*arguments)
 
 
 def _parameter(op: str, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:

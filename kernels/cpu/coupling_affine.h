@@ -155,13 +155,17 @@ struct ScaleParts {
   R *logdet, *factor, *exponent, *slope;
 };
 
+// What the next pass reads is fetched while this one computes.
 template <class R, coupling::Activation kActivation, bool kSlope>
-__attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n, const R* u, const ScaleParts<R>& to) {
+__attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n, const R* u, const R* next,
+                                          const R* after, const ScaleParts<R>& to) {
   using M = VectorMachine<R>;
   const math::AffineConstants<R> c(how);
   R *const logdets = to.logdet, *const factors = to.factor, *const exponents = to.exponent, *const slopes = to.slope;
   for (int64_t i = 0; i < n; i += M::kLanes) {
     typename M::V logdet, factor, exponent, slope;
+    __builtin_prefetch(next + i);
+    __builtin_prefetch(after + i);
     math::scale_of<M, kActivation>(c, M::load(u + i), logdet, factor, exponent, slope);
     if constexpr (!kSlope) M::store(logdets + i, logdet);
     M::store(factors + i, factor);
@@ -171,16 +175,17 @@ __attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n
 }
 
 template <class R, bool kSlope>
-void scales(const coupling::Affine& how, int64_t n, const R* u, const ScaleParts<R>& to) {
+void scales(const coupling::Affine& how, int64_t n, const R* u, const R* next, const R* after,
+            const ScaleParts<R>& to) {
   using coupling::Activation;
   switch (how.activation) {
-    case Activation::none: return scale_pass<R, Activation::none, kSlope>(how, n, u, to);
-    case Activation::exp: return scale_pass<R, Activation::exp, kSlope>(how, n, u, to);
-    case Activation::sigmoid: return scale_pass<R, Activation::sigmoid, kSlope>(how, n, u, to);
-    case Activation::softplus: return scale_pass<R, Activation::softplus, kSlope>(how, n, u, to);
-    case Activation::tanh: return scale_pass<R, Activation::tanh, kSlope>(how, n, u, to);
-    case Activation::atan: return scale_pass<R, Activation::atan, kSlope>(how, n, u, to);
-    case Activation::softclip: return scale_pass<R, Activation::softclip, kSlope>(how, n, u, to);
+    case Activation::none: return scale_pass<R, Activation::none, kSlope>(how, n, u, next, after, to);
+    case Activation::exp: return scale_pass<R, Activation::exp, kSlope>(how, n, u, next, after, to);
+    case Activation::sigmoid: return scale_pass<R, Activation::sigmoid, kSlope>(how, n, u, next, after, to);
+    case Activation::softplus: return scale_pass<R, Activation::softplus, kSlope>(how, n, u, next, after, to);
+    case Activation::tanh: return scale_pass<R, Activation::tanh, kSlope>(how, n, u, next, after, to);
+    case Activation::atan: return scale_pass<R, Activation::atan, kSlope>(how, n, u, next, after, to);
+    case Activation::softclip: return scale_pass<R, Activation::softclip, kSlope>(how, n, u, next, after, to);
   }
 }
 
@@ -273,7 +278,7 @@ void affine_unit(const coupling::AffineCall<coupling::kForwardOperands>& call, i
     const ScaleParts<R> scale{call.summed ? summed + (first - begin) : tile.place(kLogdet), parts,
                               parts + Scratch::kForward, nullptr};
     R* const y = tile.place(kY);
-    scales<R, false>(call.how, tile.padded, u, scale);
+    scales<R, false>(call.how, tile.padded, u, x, shift, scale);
     (call.how.shift_before ? value_pass<R, true> : value_pass<R, false>)(call.how, tile.padded, x, shift, scale, y);
     tile.finish(kY);
     if (!call.summed) tile.finish(kLogdet);
@@ -342,7 +347,7 @@ void affine_backward(const coupling::AffineCall<coupling::kBackwardOperands>& ca
       const R* const u = call.how.activation == Activation::none ? o.x : tile.input(kOfScale);
       o.grad_x = tile.place(kGradX), o.grad_scale = tile.place(kGradScale), o.grad_shift = tile.place(kGradShift);
       const ScaleParts<R> scale{nullptr, parts, parts + kTile, parts + 2 * kTile};
-      scales<R, true>(call.how, tile.padded, u, scale);
+      scales<R, true>(call.how, tile.padded, u, o.x, o.grad_y, scale);
       (call.how.shift_before ? gradient_pass<R, true> : gradient_pass<R, false>)(call.how, tile.padded, o, scale);
       tile.finish(kGradX), tile.finish(kGradScale), tile.finish(kGradShift);
     });
