@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
   const Tensor logdet = sample_dims < 0 ? affine::empty_as(x, type) : empty(x, sizes_of(x, sample_dims), logical, type);
   AffineCall<kForwardOperands> call{};
   if (!affine::make_call<kForwardOperands>({&x, &scale, &shift, &logdet, &y}, kLogdet, how, call)) {
-    const auto [dense_y, dense_logdet] = affine_coupling<Backend>(
-        contiguous(x), contiguous(scale), contiguous(shift), inverse, activation, clamp, shift_first, sample_dims);
+    const auto [dense_y, dense_logdet] = affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift),
+                                                                  inverse, activation, clamp, shift_first, sample_dims);
     Tensor into_y = y, into_logdet = logdet;
     copy_(into_y, dense_y);
     copy_(into_logdet, dense_logdet);
@@ -146,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
   AffineCall<kBackwardOperands> call{};
   if (!affine::make_call<kBackwardOperands>(
           {&grad_y, &of_logdet, &x, &scale, &shift, &grad_scale, &grad_shift, &grad_x}, kGradLogdet, how, call)) {
-    const auto [dense_x, dense_scale, dense_shift] = affine_coupling_backward<Backend>(
-        contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale), contiguous(shift), inverse,
-        activation, clamp, shift_first, sample_dims);
+    const auto [dense_x, dense_scale, dense_shift] =
+        affine_coupling_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale),
+                                          contiguous(shift), inverse, activation, clamp, shift_first, sample_dims);
     Tensor into_x = grad_x, into_scale = grad_scale, into_shift = grad_shift;
     copy_(into_x, dense_x);
     copy_(into_scale, dense_scale);
