@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores (one on a GPU: the host's)")
     parser.add_argument("--backend", choices=("native", "triton", "reference"), help="default: the best there is")
     parser.add_argument("--case", default="", metavar="SUBSTR", help="only cases whose 'op name dtype' holds this")
+    parser.add_argument("--no-table", action="store_true", help="only the file")
     parser.add_argument("--no-peers", action="store_true", help="only ours and the floor")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a choice of cases, in minutes (the default)")
@@ -166,13 +169,27 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return work()
 
 
+def each_family(arguments: list[str]) -> list[dict[str, Any]]:
+    """Every family in a process of its own: what one leaves in the heap and the caches would slow the next."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for family in harness.families():
+            out = Path(folder, f"{family}.json")
+            own = ["--family", family, "--out", str(out), "--no-table"]
+            subprocess.run([sys.executable, __file__, *arguments, *own], check=False)
+            if not out.exists():
+                raise SystemExit(f"the benchmarks of {family} ended without results")
+            results += json.loads(out.read_text())["results"]
+    return results
+
+
 def main(arguments: list[str]) -> int:
     options = parsed(arguments)
     machine.keep_freed_memory()
     harness.pin_peers(max(options.threads))
     warnings.filterwarnings("ignore", module="torch")  # what peers' paths warn of is no result
     begin = time.monotonic()
-    results = run(options)
+    results = run(options) if options.family or len(harness.families()) == 1 else each_family(arguments)
     report = {
         "machine": machine.machine(options.device),
         "versions": machine.versions(),
@@ -183,6 +200,8 @@ def main(arguments: list[str]) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if options.no_table:
+        return 1 if harness.failures(results) else 0
     print_table(results)
     failed = harness.failures(results)
     print_notes(results)
