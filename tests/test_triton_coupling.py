@@ -434,6 +434,19 @@ def test_nan_stays_in_its_element_of_affine_couplings(launcher):
         assert logdet[0].isnan().nonzero().flatten().tolist() == [9]
 
 
+@pytest.mark.parametrize("split", [[], [1, 2, 1], [1, 0, 2]], ids=str)
+def test_packed_affine(launcher, split):
+    x, params = torch.randn(3, 5), torch.randn(3, 3 if split else 5, 2)
+    how = (False, "tanh", 2.0, False, True, split, 1)
+    got = launcher.affine_coupling_packed(*on_device((x, params)), *how)
+    want = reference.affine_coupling_packed(x, params, *how)
+    torch.testing.assert_close([t.cpu() for t in got], list(want))
+    grads = torch.randn_like(want[0]), torch.randn_like(want[1])
+    got = launcher.affine_coupling_packed_backward(*on_device((*grads, x, params)), *how)
+    want = reference.affine_coupling_packed_backward(*grads, x, params, *how)
+    torch.testing.assert_close([t.cpu() for t in got], list(want))
+
+
 def test_affine_layouts(small_programs, launcher):
     """Halves and interleaved channels of one tensor, a shared scale, dense results as they were."""
     both = numbers(4, 6, 2, 3, seed=2, dtype=torch.float64)

@@ -248,6 +248,32 @@ def affine_coupling_backward(
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
 
+def _affine_pair(params: torch.Tensor, shift_leads: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    first, last = params[..., 0], params[..., -1]
+    return (last, first) if shift_leads else (first, last)
+
+
+def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims):
+    how = (inverse, activation, clamp, shift_first, sample_dims)
+    part = reference.part_of(x, split, params.shape[split[0]]) if split else x
+    y, logdet = affine_coupling(part, *_affine_pair(params, shift_leads), *how)
+    return (reference.with_part(x, split, y) if split else y), logdet
+
+
+def affine_coupling_packed_backward(
+    grad_y, grad_logdet, x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
+):
+    if split:
+        x, grad_part = (reference.part_of(t, split, params.shape[split[0]]) for t in (x, grad_y))
+    else:
+        grad_part = grad_y
+    pair, grad_params = _affine_pair(params, shift_leads), _like(params)
+    kernel = _affine(x, *pair, inverse, activation, clamp, shift_first)
+    grads = _affine_pair(grad_params, shift_leads)
+    grad_x = _backward(kernel, grad_part, grad_logdet, x, pair, grads, sample_dims)
+    return (reference.with_part(grad_y, split, grad_x) if split else grad_x), grad_params
+
+
 # ---- the rational-quadratic spline ----
 
 
