@@ -135,39 +135,62 @@ void store_piece(const AffinePiece<N>& piece, int k, const R* from) {
                     __attribute__((always_inline)) { store_runs(from + done, stride, n, rows, pitch, data + offset); });
 }
 
-// A piece as the loops see it: whole vectors of R, in place or in memory of their own, [kOperands, kStaged].
+// An operand as the loops see it: rows of whole vectors.
+template <class R>
+struct VectorRows {
+  R* data;
+  int64_t pitch;
+
+  PYPERF_HD R* row(int64_t r) const { return data + r * pitch; }
+};
+
+// Whether rows are used in place, several in one call; shorter ones are put together.
+template <class R, int N>
+bool has_vector_rows(const coupling::AffineCall<N>& call) {
+  constexpr int64_t L = VectorMachine<R>::kLanes;
+  return call.n % L == 0 && call.n >= 2 * L;
+}
+
+// A piece as the loops see it: `rows` of `length` each, in place or in memory of their own, [kOperands, kStaged].
 template <class R, int N>
 struct AffineTile {
   static constexpr int64_t L = VectorMachine<R>::kLanes;
   AffinePiece<N> piece;
   R* memory;
   int64_t room;  // elements of each operand's memory
-  int64_t padded;
+  int64_t rows, length;
 
   AffineTile(const coupling::AffineCall<N>& call, int64_t first, int64_t count, R* memory, int64_t room)
-      : piece(call, first, count), memory(memory), room(room), padded((count + L - 1) / L * L) {}
+      : piece(call, first, count), memory(memory), room(room) {
+    rows = has_vector_rows<R>(call) && count > call.n ? count / call.n : 1;
+    length = rows > 1 ? call.n : (count + L - 1) / L * L;
+  }
 
+  int64_t padded() const { return rows * length; }
   bool in_place(int k) const {
     const auto& call = piece.call;
-    return padded == piece.count && piece.at + piece.count <= call.n && call.stride[k] == 1 &&
-           storage_bytes(call.type[k]) == sizeof(R);
+    return call.stride[k] == 1 && storage_bytes(call.type[k]) == sizeof(R) &&
+           (rows > 1 || (length == piece.count && piece.at + length <= call.n));
   }
-  R* place(int k) const {
-    if (in_place(k)) return static_cast<R*>(piece.call.data[k]) + piece.offset[k] + piece.at;
-    return memory + k * room;
+  VectorRows<R> place(int k) const {
+    if (!in_place(k)) return {memory + k * room, length};
+    const auto& call = piece.call;
+    return {static_cast<R*>(call.data[k]) + piece.offset[k] + piece.at,
+            call.rows.dims ? call.rows.stride[k][call.rows.dims - 1] : 0};
   }
-  const R* input(int k) const {
-    R* const to = place(k);
-    if (in_place(k)) return to;
-    if constexpr (sizeof(R) == 8) {
-      load_piece<R, double>(piece, k, to);
-    } else {
-      if (piece.call.type[k] == Storage::f32) load_piece<R, float>(piece, k, to);
-      if (piece.call.type[k] == Storage::f16) load_piece<R, Float16>(piece, k, to);
-      if (piece.call.type[k] == Storage::bf16) load_piece<R, BFloat16>(piece, k, to);
+  VectorRows<const R> input(int k) const {
+    const VectorRows<R> to = place(k);
+    if (!in_place(k)) {
+      if constexpr (sizeof(R) == 8) {
+        load_piece<R, double>(piece, k, to.data);
+      } else {
+        if (piece.call.type[k] == Storage::f32) load_piece<R, float>(piece, k, to.data);
+        if (piece.call.type[k] == Storage::f16) load_piece<R, Float16>(piece, k, to.data);
+        if (piece.call.type[k] == Storage::bf16) load_piece<R, BFloat16>(piece, k, to.data);
+      }
+      for (int64_t i = piece.count; i < padded(); ++i) to.data[i] = 0;
     }
-    for (int64_t i = piece.count; i < padded; ++i) to[i] = 0;
-    return to;
+    return {to.data, to.pitch};
   }
   void finish(int k) const {
     if (in_place(k)) return;
@@ -186,55 +209,64 @@ struct AffineTile {
 
 template <class R>
 struct ForwardOperands {
-  const R *x, *u, *shift;
-  R *y, *logdet;
+  VectorRows<const R> x, u, shift;
+  VectorRows<R> y, logdet;
 };
 template <class R>
 struct GradientOperands {
-  const R *grad_y, *grad_logdet, *x, *u, *shift;
-  R *grad_x, *grad_scale, *grad_shift;
+  VectorRows<const R> grad_y, grad_logdet, x, u, shift;
+  VectorRows<R> grad_x, grad_scale, grad_shift;
 };
 
-// Fetches what a later call reads: rows are too short for the processor to see what comes.
+// Fetches what comes later: rows may be too short for the processor to see it.
 template <class R>
 PYPERF_HD void prefetch_ahead(const R* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
 }
 
 template <class R, coupling::Activation kActivation, bool kBefore>
-__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t n, const ForwardOperands<R>& operands) {
+__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t rows, int64_t n,
+                                           const ForwardOperands<R>& o) {
   using M = VectorMachine<R>;
   const math::AffineConstants<R> c(how);
-  const ForwardOperands<R> o = operands;
-  for (int64_t i = 0; i < n; i += M::kLanes) {
-    typename M::V logdet, factor, exponent, slope;
-    prefetch_ahead(o.u + i), prefetch_ahead(o.x + i), prefetch_ahead(o.shift + i);
-    math::scale_of<M, kActivation>(c, M::load(o.u + i), logdet, factor, exponent, slope);
-    M::store(o.y + i, math::affine_value<M, kBefore>(c, M::load(o.x + i), M::load(o.shift + i), factor, exponent));
-    M::store(o.logdet + i, logdet);
+  for (int64_t r = 0; r < rows; ++r) {
+    const R *const x = o.x.row(r), *const us = o.u.row(r), *const shift = o.shift.row(r);
+    R *const y = o.y.row(r), *const logdets = o.logdet.row(r);
+    for (int64_t i = 0; i < n; i += M::kLanes) {
+      typename M::V logdet, factor, exponent, slope;
+      prefetch_ahead(us + i), prefetch_ahead(x + i), prefetch_ahead(shift + i);
+      math::scale_of<M, kActivation>(c, M::load(us + i), logdet, factor, exponent, slope);
+      M::store(y + i, math::affine_value<M, kBefore>(c, M::load(x + i), M::load(shift + i), factor, exponent));
+      M::store(logdets + i, logdet);
+    }
   }
 }
 
 template <class R, coupling::Activation kActivation, bool kBefore>
-__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t n,
-                                           const GradientOperands<R>& operands) {
+__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t rows, int64_t n,
+                                           const GradientOperands<R>& o) {
   using M = VectorMachine<R>;
   const math::AffineConstants<R> c(how);
-  const GradientOperands<R> o = operands;
-  for (int64_t i = 0; i < n; i += M::kLanes) {
-    typename M::V logdet, factor, exponent, slope, grad_x, grad_scale, grad_shift;
-    prefetch_ahead(o.u + i), prefetch_ahead(o.x + i), prefetch_ahead(o.grad_y + i);
-    math::scale_of<M, kActivation>(c, M::load(o.u + i), logdet, factor, exponent, slope);
-    math::affine_gradients<M, kBefore>(c, M::load(o.grad_y + i), M::load(o.grad_logdet + i), M::load(o.x + i),
-                                       M::load(o.shift + i), factor, exponent, slope, grad_x, grad_scale, grad_shift);
-    M::store(o.grad_x + i, grad_x);
-    M::store(o.grad_scale + i, grad_scale);
-    M::store(o.grad_shift + i, grad_shift);
+  for (int64_t r = 0; r < rows; ++r) {
+    const R *const grad_ys = o.grad_y.row(r), *const grad_logdets = o.grad_logdet.row(r), *const x = o.x.row(r),
+                   *const us = o.u.row(r), *const shift = o.shift.row(r);
+    R *const grad_xs = o.grad_x.row(r), *const grad_scales = o.grad_scale.row(r),
+             *const grad_shifts = o.grad_shift.row(r);
+    for (int64_t i = 0; i < n; i += M::kLanes) {
+      typename M::V logdet, factor, exponent, slope, grad_x, grad_scale, grad_shift;
+      prefetch_ahead(us + i), prefetch_ahead(x + i), prefetch_ahead(grad_ys + i);
+      math::scale_of<M, kActivation>(c, M::load(us + i), logdet, factor, exponent, slope);
+      math::affine_gradients<M, kBefore>(c, M::load(grad_ys + i), M::load(grad_logdets + i), M::load(x + i),
+                                         M::load(shift + i), factor, exponent, slope, grad_x, grad_scale, grad_shift);
+      M::store(grad_xs + i, grad_x);
+      M::store(grad_scales + i, grad_scale);
+      M::store(grad_shifts + i, grad_shift);
+    }
   }
 }
 
 template <class Operands>
-using AffinePass = void (*)(const coupling::Affine&, int64_t, const Operands&);
+using AffinePass = void (*)(const coupling::Affine&, int64_t rows, int64_t n, const Operands&);
 
 template <class R, template <class> class Operands>
 AffinePass<Operands<R>> affine_pass_of(const coupling::Affine& how) {
@@ -258,14 +290,21 @@ AffinePass<Operands<R>> affine_pass_of(const coupling::Affine& how) {
 
 // ---- units ----
 
-// Rows of whole vectors one by one, so that operands are used in place; shorter ones together, whole vectors first.
-template <class R, class Call, class Visit>
-PYPERF_HD void in_tiles(const Call& call, int64_t begin, int64_t end, int64_t longest, const Visit& visit) {
+// visit(first, elements): whole rows where those are used in place, as many as lie alike, else whole vectors.
+template <class R, int N, class Visit>
+PYPERF_HD void in_tiles(const coupling::AffineCall<N>& call, int64_t begin, int64_t end, int64_t longest,
+                        const Visit& visit) {
   constexpr int64_t L = VectorMachine<R>::kLanes;
-  const bool row_by_row = call.n % L == 0 && call.n >= 4 * L;
+  const int inner = call.rows.dims - 1;
   while (begin < end) {
     int64_t n = std::min(longest, end - begin);
-    if (row_by_row) n = std::min(n, call.n - begin % call.n);
+    if (has_vector_rows<R>(call)) {
+      const int64_t row = begin / call.n, to_end = (row + 1) * call.n - begin;
+      if (to_end < call.n || n < call.n)
+        n = std::min(n, to_end);
+      else if (inner >= 0)
+        n = std::min(n / call.n, call.rows.size[inner] - row % call.rows.size[inner]) * call.n;
+    }
     if (n >= 8 * L) n = n / L * L;
     visit(begin, n);
     begin += n;
@@ -309,8 +348,9 @@ void affine_unit(const coupling::AffineCall<coupling::kForwardOperands>& call, A
     ForwardOperands<R> o;
     o.x = tile.input(kX), o.shift = tile.input(kShift);
     o.u = call.how.activation == Activation::none ? o.x : tile.input(kScale);
-    o.y = tile.place(kY), o.logdet = call.summed ? logdet + (first - begin) : tile.place(kLogdet);
-    pass(call.how, tile.padded, o);
+    o.y = tile.place(kY);
+    o.logdet = call.summed ? VectorRows<R>{logdet + (first - begin), tile.length} : tile.place(kLogdet);
+    pass(call.how, tile.rows, tile.length, o);
     tile.finish(kY);
     if (!call.summed) tile.finish(kLogdet);
   });
@@ -364,7 +404,8 @@ void affine_backward(const coupling::AffineCall<coupling::kBackwardOperands>& ca
     in_tiles<R>(call, from * kTile, std::min(to * kTile, elements), kTile, [&](int64_t first, int64_t count) {
       const AffineTile<R, kBackwardOperands> tile(call, first, count, memory, Scratch::kBackward);
       GradientOperands<R> o;
-      o.grad_y = tile.input(kGradY), o.x = tile.input(kOfX), o.shift = tile.input(kOfShift);
+      o.grad_y = tile.input(kGradY), o.x = tile.input(kOfX);
+      o.shift = call.how.shift_before ? tile.input(kOfShift) : o.x;
       if (call.summed) {
         R* const spread = memory + kGradLogdet * Scratch::kBackward;
         const int64_t end = first + count;
@@ -373,14 +414,14 @@ void affine_backward(const coupling::AffineCall<coupling::kBackwardOperands>& ca
           const int64_t stop = std::min(end, (sample + 1) * call.sample_size);
           for (; i < stop; ++i) spread[i - first] = grad;
         }
-        for (int64_t i = count; i < tile.padded; ++i) spread[i] = 0;
-        o.grad_logdet = spread;
+        for (int64_t i = count; i < tile.padded(); ++i) spread[i] = 0;
+        o.grad_logdet = {spread, tile.length};
       } else {
         o.grad_logdet = tile.input(kGradLogdet);
       }
       o.u = call.how.activation == Activation::none ? o.x : tile.input(kOfScale);
       o.grad_x = tile.place(kGradX), o.grad_scale = tile.place(kGradScale), o.grad_shift = tile.place(kGradShift);
-      pass(call.how, tile.padded, o);
+      pass(call.how, tile.rows, tile.length, o);
       tile.finish(kGradX), tile.finish(kGradScale), tile.finish(kGradShift);
     });
   });
