@@ -813,7 +813,7 @@ T = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 def by_formula(x, params, sums=False, inverse=False):
     how = (inverse, "linear", "nflows", (-2.0, 2.0, -2.0, 2.0), (1e-3, 1e-3, 1e-3), 1.0, 1.0)
-    return reference.rational_quadratic_spline_packed(x, params, 3, *how, x.dim() - 1 if sums else -1, False)
+    return reference.rational_quadratic_spline_packed(x, params, None, 3, *how, x.dim() - 1 if sums else -1, False)
 
 
 def ours(x, params, sums=False, inverse=False):
@@ -926,13 +926,13 @@ def operator_calls():
     ]
     for n, (forms, a, b) in enumerate(calls):
         how = statics(inverse=n % 2 == 1, sample_dims=(-1, 1)[n % 2], exact=n % 3 == 0)
-        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), 3, *how)[1].cos())
+        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), None, 3, *how)[1].cos())
         if packed in forms:
-            yield family._packed, (a, b, 3, *how)
-            yield family._packed_backward, (*grads, a, b, 3, *how)
+            yield family._packed, (a, b, None, 3, *how)
+            yield family._packed_backward, (*grads, a, b, None, 3, *how)
         if separate in forms:
-            yield family._spline, (a, *split(b, 3), *how)
-            yield family._spline_backward, (*grads, a, *split(b, 3), *how)
+            yield family._spline, (a, *split(b, 3), None, *how)
+            yield family._spline_backward, (*grads, a, *split(b, 3), None, *how)
 
 
 @pytest.mark.parametrize("n", range(18))
@@ -952,48 +952,60 @@ def test_raw_operators_are_memory_safe():
     x, params = torch.randn(4), torch.randn(4, 8)
     how = statics()
     bad = [
-        ("unexpected number of parameters", lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], 3, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, 0, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, -1, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), 257, *how)),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, 3, *how)),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], 3, *how)),
-        ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], 3, *how)),
+        (
+            "unexpected number of parameters",
+            lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], None, 3, *how),
+        ),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, 0, *how)),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, -1, *how)),
+        (
+            "bins must be in",
+            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), None, 257, *how),
+        ),
+        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, None, 3, *how)),
+        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], None, 3, *how)),
+        ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], None, 3, *how)),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=2)),
         ),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=-2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=-2)),
         ),
-        ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(tails="none"))),
+        ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(tails="none"))),
         (
             "parametrization must be",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(parametrization="none")),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(parametrization="none")),
         ),
         (
             "must be float16, bfloat16, float32 or float64",
-            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), None, 3, *how),
         ),
         (
             "one dtype",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], *how),
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], None, *how),
         ),
         (
             "number of parameters",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], *how),
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], None, *how),
         ),
         (
             "grad_y has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, None, 3, *how),
         ),
         (
             "grad_logdet has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, None, 3, *how),
         ),
-        ("another dtype", lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, 3, *how)),
-        ("another dtype", lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, 3, *how)),
+        (
+            "another dtype",
+            lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, None, 3, *how),
+        ),
+        (
+            "another dtype",
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, None, 3, *how),
+        ),
     ]
     for message, call in bad:
         with pytest.raises(RuntimeError, match=message):

@@ -314,6 +314,7 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         cuda::move_part<false>(s.load[k], rows_at, s.pitch, part_data(s.load[k], kWidths + k, first),
                                offsets_of(s.load[k]), rows);
       const R x = load_as<R>(e.data[kInput], offsets[kInput], e.type);
+      const R bound = c.scaled ? load_as<R>(e.bounds.data, e.bounds.offset(i), e.logdet_type) : R(0);
       R grad_y = 0, grad_logdet = 0;
       if constexpr (kBackward) {
         grad_y = load_as<R>(e.data[kGradOutput], offsets[kGradOutput], e.type);
@@ -327,8 +328,8 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         const RowReader<Row> widths{row, 0}, heights{row, bins}, derivatives{row, 2 * bins};
         Exponentials<R, kBins> exponentials(s, bins);
         math::SplinePoint<M> point;
-        math::spline_locate<M, kBins>(c, x, widths, heights, derivatives, exponentials.widths(), exponentials.heights(),
-                                      point);
+        math::spline_locate<M, kBins>(c, x, bound, widths, heights, derivatives, exponentials.widths(),
+                                      exponentials.heights(), point);
         if constexpr (kBackward) {
           asm volatile("" ::: "memory");  // else registers keep parameters, which only one parametrization reads again
           const R grad_x = math::spline_gradients<M, kBins>(
