@@ -275,7 +275,7 @@ class Own(coupling.AdditiveCouplingTransform):
         (lambda: unconstrained(tail_bound=torch.tensor(2.0)), "arguments"),
         (lambda: unconstrained(tail_bound=-2.0), "arguments"),
         (lambda: unconstrained(inverse=1), "arguments"),
-        (lambda: unconstrained(derivatives=9), "number of derivatives"),
+        (lambda: unconstrained(derivatives=10), "number of derivatives"),
         (lambda: unconstrained(derivatives=5), "number of derivatives"),
         (lambda: unconstrained(min_bin_width=0.2), "smallest sizes"),
         (lambda: unconstrained(min_derivative=0.0), "smallest sizes"),

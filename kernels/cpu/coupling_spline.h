@@ -45,9 +45,9 @@ __attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const 
   math::SplinePoint<M> point;
   const V x = M::load(scratch.x);
   const V bound = c.scaled ? M::load(scratch.bound) : V{};
-  math::spline_locate<M, 0>(c, x, bound, widths, heights, derivatives, scratch.widths, scratch.heights, point);
+  math::spline_locate<M, 0, true>(c, x, bound, widths, heights, derivatives, scratch.widths, scratch.heights, point);
   if constexpr (kBackward) {
-    const V gradient = math::spline_gradients<M, 0>(
+    const V gradient = math::spline_gradients<M, 0, true>(
         c, point, M::load(scratch.grad_y), M::load(logdet), widths, heights, scratch.widths, scratch.heights,
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + j * L, g); },
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + (bins + j) * L, g); },
@@ -55,7 +55,7 @@ __attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const 
     M::store(scratch.y, gradient);
   } else {
     V y, l;
-    math::spline_value<M>(c, point, x, y, l);
+    math::spline_value<M, true>(c, point, x, y, l);
     M::store(scratch.y, y);
     M::store(logdet, l);
   }

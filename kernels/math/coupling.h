@@ -29,8 +29,6 @@ struct Spline {
 
   PYPERF_HD int extra_derivatives() const { return tails == Tails::linear ? -1 : tails == Tails::bounded ? 1 : 0; }
   PYPERF_HD int derivatives() const { return bins + extra_derivatives(); }
-  // The last knot has the slope of the first.
-  PYPERF_HD bool closed() const { return tails == Tails::circular || tails == Tails::mixed; }
 };
 
 // `inverse_curve` etc. from the arguments of the operator; box: left, right, bottom, top; least: width, height, slope.

@@ -39,8 +39,8 @@ struct SplinePoint {
   V d0, d1, bend0, bend1;               // slopes at its ends, and their derivatives by the raw parameters
   V s, theta, phi;                      // h / w; how far the point is from both ends: theta + phi = 1
   V below, above, top;                  // slope = s^2 above / below^2, y = y_edge + h top / below
-  V excess, edge_slope;                 // beyond the box, along x; the slope at the nearer corner
-  V bound;                              // where boxes are scaled; NaN where it bounds nothing
+  V excess, edge_slope;                 // beyond the box, along x, not scaled; the slope at the nearer corner
+  V bound;                              // with its sign, where boxes are scaled; NaN where it bounds nothing
   typename M::Mask inside, last, high;  // high: beyond the upper corner
   typename M::Mask free0, free1;        // the slopes at the bin's ends are parameters, where tails are mixed
 };
@@ -95,21 +95,22 @@ PYPERF_HD Value<M> spline_slope(const coupling::Spline<typename M::R>& c, Value<
 
 // Finds the bin of x (of y, where the spline is inverted) and where in it the point lies, in the box that is not
 // scaled. ew and eh are left holding the exponentials. bound: read where boxes are scaled.
-template <class M, int kBins, class Widths, class Heights, class Derivatives>
+template <class M, int kBins, bool kScaled, class Widths, class Heights, class Derivatives>
 PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> at, Value<M> bound, const Widths& raw_w,
                              const Heights& raw_h, const Derivatives& raw_d, Value<M>* ew, Value<M>* eh,
                              SplinePoint<M>& p) {
   using R = typename M::R;
   using coupling::Tails;
+  const bool scaled = kScaled && c.scaled, mixed = kScaled && c.tails == Tails::mixed;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
   p.bound = bound;
-  if (c.scaled) {
+  if (scaled) {
     constexpr R kSmallest = R(0x1p-100), kLargest = R(0x1p100);
-    const auto size = c.tails == Tails::mixed ? abs<M>(bound) : bound;
-    p.bound = M::select(M::at_least(size, M::of(kSmallest)) & M::at_least(M::of(kLargest), size), size, M::of(R(NAN)));
-    at = at / p.bound;
+    const auto size = mixed ? abs<M>(bound) : bound;
+    p.bound = M::select(M::at_least(size, M::of(kSmallest)) & M::at_least(M::of(kLargest), size), bound, M::of(R(NAN)));
   }
+  const auto place = scaled ? at / abs<M>(p.bound) : at;
   const auto w_total = spline_exponentials<M, kBins>(c, raw_w, ew),
              h_total = spline_exponentials<M, kBins>(c, raw_h, eh);
   p.width.inverse_sum = one / w_total, p.height.inverse_sum = one / h_total;
@@ -122,15 +123,16 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   const R low = c.inverse ? c.bottom : c.left, high = c.inverse ? c.top : c.right;
   const R least = c.inverse ? c.least_height : c.least_width;
   const auto per_unit = c.inverse ? p.height.per_unit : p.width.per_unit;
-  p.inside = M::at_least(at, M::of(low)) & M::at_least(M::of(high), at);
-  p.high = M::less(M::of(high), at);
-  const auto t = M::select(p.inside, at, M::select(p.high, M::of(high), M::of(low)));
+  p.inside = M::at_least(place, M::of(low)) & M::at_least(M::of(high), place);
+  p.high = M::less(M::of(high), place);
+  const auto t = M::select(p.inside, place, M::select(p.high, M::of(high), M::of(low)));
 
   // The bin, while the sums run.
   const int first_knot = c.tails == Tails::linear ? -1 : 0;  // raw derivative of a bin's left end, less its number
   const int count = bins + c.extra_derivatives();
+  const bool closed = c.tails == Tails::circular || mixed;  // the last knot has the slope of the first
   const auto knot = [&](int i) __attribute__((always_inline)) {
-    i = i == count && c.closed() ? 0 : i;
+    i = i == count && closed ? 0 : i;
     return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
   };
   RunningSum<M> w_sum{zero, zero, zero, zero, zero}, h_sum = w_sum;
@@ -172,10 +174,10 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
 
   p.d0 = spline_slope<M>(c, raw0, p.bend0);
   p.d1 = spline_slope<M>(c, raw1, p.bend1);
-  if (c.tails == Tails::linear || c.tails == Tails::mixed) {
+  if (c.tails == Tails::linear || mixed) {
     p.free0 = M::at_least(p.k, one), p.free1 = M::less(p.k, M::of(R(bins - 1)));
-    if (c.tails == Tails::mixed) {
-      const auto circular = M::less(bound, zero);
+    if (mixed) {
+      const auto circular = M::less(p.bound, zero);
       p.free0 = p.free0 | circular, p.free1 = p.free1 | circular;
     }
     p.d0 = M::select(p.free0, p.d0, one), p.bend0 = M::select(p.free0, p.bend0, zero);
@@ -204,12 +206,12 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
-  p.excess = at - t;
+  p.excess = scaled ? M::fma(-t, abs<M>(p.bound), at) : at - t;
   p.edge_slope = M::select(p.high, p.d1, p.d0);
   if (c.inverse) p.excess = p.excess / p.edge_slope;
 }
 
-template <class M>
+template <class M, bool kScaled>
 PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
                             Value<M>& logdet) {
   using R = typename M::R;
@@ -224,16 +226,15 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     const auto f = M::select(p.last, -rest, p.top) / p.below;
     y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
   }
-  const bool bounded = c.tails == coupling::Tails::bounded;
-  if (bounded) y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, p.edge_slope, y));
-  if (c.scaled) y = y * p.bound;
-  if (bounded) {
+  if (kScaled && c.scaled) y = y * abs<M>(p.bound);
+  if (c.tails == coupling::Tails::bounded) {
+    y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, p.edge_slope, y));
     y = M::select(M::at_least(at, at), y, at);
   } else {
     y = M::select(p.inside, y, at);
     logdet = M::select(p.inside, logdet, M::of(R(0)));
   }
-  if (c.scaled) {
+  if (kScaled && c.scaled) {
     const auto there = M::at_least(p.bound, p.bound);
     y = M::select(there, y, p.bound);
     logdet = M::select(there, logdet, p.bound);
@@ -241,13 +242,15 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
 }
 
 // Gradient of the input, and put_w(j, g), put_h(j, g), put_d(j, g) of each raw parameter, each put after its last read.
-template <class M, int kBins, class Widths, class Heights, class PutWidths, class PutHeights, class PutDerivatives>
+template <class M, int kBins, bool kScaled, class Widths, class Heights, class PutWidths, class PutHeights,
+          class PutDerivatives>
 PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> grad_y,
                                     Value<M> grad_logdet, const Widths& raw_w, const Heights& raw_h, const Value<M>* ew,
                                     const Value<M>* eh, const PutWidths& put_w, const PutHeights& put_h,
                                     const PutDerivatives& put_d) {
   using R = typename M::R;
   using coupling::Tails;
+  const bool scaled = kScaled && c.scaled, mixed = kScaled && c.tails == Tails::mixed;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
@@ -260,8 +263,9 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
                      (p.d0 + p.d1 - p.s * R(2)) * (p.phi - p.theta) * per_below) *
                     R(2);
   // By the raw parameters of an element outside, which has no gradient; of one without a box it is NaN.
-  const auto none = c.scaled ? p.bound - p.bound : zero;
-  const auto grad_out = c.scaled ? grad_y * p.bound : grad_y;  // in the box that is not scaled, as all that follows
+  const auto none = scaled ? p.bound - p.bound : zero;
+  const auto grad_out =
+      c.scaled ? grad_y * abs<M>(p.bound) : grad_y;  // in the box that is not scaled, as all that follows
   auto gy = grad_out, gl = grad_logdet, grad_in = grad_out;
   if (c.inverse) {  // x(y): the chain rule through y(x) - y = 0
     gl = -gl;
@@ -279,16 +283,18 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
+  // By an input outside the box.
+  const auto grad_outside = !bounded ? grad_y : c.inverse ? grad_y / p.edge_slope : grad_y * p.edge_slope;
   if (bounded) {  // held within the numbers, so that a slope which does not bend gets 0 however far x is
     const auto most = M::of(FloatFormat<R>::kLargest);
-    const auto excess = clamp<M>(p.excess, -most, most);
-    const auto beyond = M::select(p.inside, zero, excess * M::select(p.high, p.bend1, p.bend0) * gy);
+    const auto excess = clamp<M>(p.excess, -most, most) * M::select(p.high, p.bend1, p.bend0);
+    const auto beyond = M::select(p.inside, zero, excess * (c.inverse ? -grad_outside : grad_y));
     by_d0 = by_d0 + M::select(p.high, zero, beyond);
     by_d1 = by_d1 + M::select(p.high, beyond, zero);
   } else {
     by_d0 = M::select(p.inside, by_d0, none), by_d1 = M::select(p.inside, by_d1, none);
   }
-  if (c.tails == Tails::mixed) by_d0 = M::select(p.free0, by_d0, none), by_d1 = M::select(p.free1, by_d1, none);
+  if (mixed) by_d0 = M::select(p.free0, by_d0, none), by_d1 = M::select(p.free1, by_d1, none);
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
   // A bin that moves takes the curve along.
@@ -321,7 +327,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const int count = bins + c.extra_derivatives();
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
   auto right = left + R(1);
-  if (c.closed()) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
+  if (c.tails == Tails::circular || mixed) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
   const int most = kBins ? kBins + 1 : count;
   if constexpr (M::kLanes == 1) {
 #pragma unroll
@@ -341,9 +347,8 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
       number = number + one;
     }
   }
-  if (c.scaled) {
-    grad_in = grad_in / p.bound;
-    if (!bounded) grad_in = M::select(p.inside, grad_in, grad_y);
+  if (scaled) {
+    grad_in = M::select(p.inside, grad_in / abs<M>(p.bound), grad_outside);
     grad_in = M::select(M::at_least(p.bound, p.bound), grad_in, p.bound);
   }
   return grad_in;
