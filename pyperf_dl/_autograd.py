@@ -191,7 +191,7 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         if (torch.is_grad_enabled() and _any_requires_grad(args, operator.tensors)) or any(
-            map(has_tangent, args[: operator.tensors])
+            map(_has_tangent, args[: operator.tensors])
         ):
             return function.apply(*args)
         with _Excluding(_AUTOGRAD):
@@ -200,9 +200,26 @@ def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.
     return kernel
 
 
-def has_tangent(t: torch.Tensor | None) -> bool:
+def _has_tangent(t: torch.Tensor | None) -> bool:
     """Asks the tensor itself: in a compiled forward AD level, Python's own record of the level is not kept."""
     return t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None  # type: ignore[attr-defined]
+
+
+def is_differentiated(t: torch.Tensor) -> bool:
+    """By autograd or forward AD, at any level of the transforms that are active."""
+    if t.requires_grad:
+        return True
+    if torch.compiler.is_compiling() or not _are_functorch_transforms_active():
+        return _has_tangent(t)
+    from torch._C import _functorch
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+    if _functorch.maybe_get_level(t) == _functorch.maybe_current_level():
+        if _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp and _has_tangent(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    with temporarily_pop_interpreter_stack():
+        return is_differentiated(t)
 
 
 def _in_front(t: torch.Tensor | None, dim: int | None, batch_size: int) -> torch.Tensor | None:

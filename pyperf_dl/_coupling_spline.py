@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks
-from ._autograd import Operator, has_tangent
+from ._autograd import Operator, is_differentiated
 from .reference import coupling as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -274,7 +274,7 @@ def _checked_bound(op: str, value: torch.Tensor, x: torch.Tensor, bounds: Any) -
         raise TypeError(f"{op}: tail_bound must have the dtype of x or of log-dets, {dtype}, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{op}: tail_bound must be on x's device {x.device}, got {value.device}")
-    if value.requires_grad or has_tangent(value):
+    if is_differentiated(value):
         raise ValueError(f"{op}: tail_bound must not require a gradient, it has none: detach it")
     try:
         value.expand(x.shape)
