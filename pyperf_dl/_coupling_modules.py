@@ -698,10 +698,10 @@ def _tried(layer: _Coupling) -> None:
     features, device, dtype = 1, torch.device("cpu"), torch.float32
     if isinstance(layer, SplineCoupling):
         bound, tails = layer.tail_bound, layer.options["tails"]
-        features = len(tails) if isinstance(tails, tuple) else features
         if bound is not None:
-            features = bound.shape[0] if bound.dim() else features
+            features = bound.shape[-1] if bound.dim() else features
             device, dtype = bound.device, bound.dtype if bound.is_floating_point() else dtype
+        features = len(tails) if isinstance(tails, tuple) else features
     nothing = torch.zeros(0, features, device=device, dtype=dtype)
     layer._function(nothing, nothing.unsqueeze(-1).expand(0, features, layer.params_per_feature), False, "sum")
 

@@ -308,27 +308,26 @@ def _bound(op: str, x: torch.Tensor, tails: Any, tail_bound: Any, bounds: Any) -
 
 
 def _arranged(
-    op: str, x: torch.Tensor, parameters: Sequence[torch.Tensor], bound: torch.Tensor | None, logdet: str, sum_dims: Any
-) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None, int, list[int] | None]:
-    """x, the parameters and the bound with the summed dimensions behind the others, how many others, and the way
-    back."""
+    op: str, x: torch.Tensor, others: Sequence[Any], logdet: str, sum_dims: Any
+) -> tuple[torch.Tensor, Sequence[Any], int, list[int] | None]:
+    """x and the others, [*x.shape, ...] or None, with the summed dimensions behind the rest, how many the rest is, and
+    the way back."""
     if logdet == "elementwise":
         if sum_dims is not None:
             raise ValueError(f"{op}: sum_dims needs logdet='sum', got sum_dims={sum_dims!r} with 'elementwise'")
-        return x, parameters, bound, -1, None
+        return x, others, -1, None
     if sum_dims is None:
-        return x, parameters, bound, min(1, x.dim()), None
+        return x, others, min(1, x.dim()), None
     listed = sum_dims if isinstance(sum_dims, (tuple, list)) else (sum_dims,)
     summed = [_checks.dimension(op, "sum_dims", d, x.dim()) for d in listed]
     if len(set(summed)) != len(summed):
         raise ValueError(f"{op}: sum_dims must name each dimension once, got {sum_dims!r}")
     order = [d for d in range(x.dim()) if d not in summed] + sorted(summed)
     if order == list(range(x.dim())):
-        return x, parameters, bound, x.dim() - len(summed), None
+        return x, others, x.dim() - len(summed), None
     back = sorted(range(x.dim()), key=order.__getitem__)
-    moved = [p.permute(*order, x.dim()) for p in parameters]
-    bound = None if bound is None else bound.permute(order)
-    return x.permute(order), moved, bound, x.dim() - len(summed), back
+    moved = [None if t is None else t.permute(*order, *range(x.dim(), t.dim())) for t in others]
+    return x.permute(order), moved, x.dim() - len(summed), back
 
 
 def rational_quadratic_spline(
@@ -369,8 +368,11 @@ def rational_quadratic_spline(
         inverse: x from y.
         tails: ``"linear"`` (K - 1 derivatives; slope 1 at both ends, the identity outside), ``"circular"`` (K; the last
             knot has the slope of the first, the identity outside), ``"bounded"`` (K + 1; the line through the corner
-            goes on outside, so that no input is refused).
-        tail_bound: the box is [-tail_bound, tail_bound] along x and y.
+            goes on outside, so that no input is refused). Or a sequence of ``"linear"`` and ``"circular"``, one for
+            each element of x's last dimension: K derivatives, of which linear tails do not use the first.
+        tail_bound: the box is [-tail_bound, tail_bound] along x and y. Or a tensor of what broadcasts to x's shape, of
+            x's dtype or that of log-dets, which has no gradient; where it is not in [2^-100, 2^100], the element and
+            its gradients are NaN.
         bounds: (left, right, bottom, top) of the box, instead.
         min_bin_width, min_bin_height, min_derivative: the first two are parts of the box; all > 0 for a finite log-det
             of every input.
@@ -391,9 +393,9 @@ def rational_quadratic_spline(
         TypeError, ValueError: arguments that do not fit. No value of a tensor raises: every finite input gives finite
             results and gradients, NaN stays in its element.
 
-    Deterministic: the same bits for any number of threads. Differentiable in all four tensors, twice too; x and the
-    parameters are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019); conventions of
-    nflows 0.14.
+    Deterministic: the same bits for any number of threads. Differentiable in x and the parameters, twice too; they and
+    a tensor of bounds are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019);
+    conventions of nflows 0.14.
 
     >>> x = torch.tensor([-2.0, -0.5, 0.5])
     >>> widths = heights = torch.zeros(3, 4)
@@ -432,8 +434,8 @@ def rational_quadratic_spline(
         precision,
     )
     bound = _bound(op, x, tails, tail_bound, bounds)
-    x, parameters, bound, sample_dims, back = _arranged(op, x, parameters, bound, logdet, sum_dims)
-    y, total = _spline(x, *parameters, bound, *how, sample_dims, precision == "exact")
+    x, tensors, sample_dims, back = _arranged(op, x, [*parameters, bound], logdet, sum_dims)
+    y, total = _spline(x, *tensors, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total
 
 
@@ -460,8 +462,8 @@ def rational_quadratic_spline_packed(
     """:func:`rational_quadratic_spline` with all parameters in one tensor, as a conditioner gives them.
 
     Args:
-        params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular) or 3 K + 1 (bounded): widths, then
-            heights, then derivatives. Any strides; its gradient is one tensor, laid out alike.
+        params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular, or a sequence of tails) or 3 K + 1
+            (bounded): widths, then heights, then derivatives. Any strides; its gradient is one tensor, laid out alike.
         bins: K.
 
     The other arguments, results and errors are those of :func:`rational_quadratic_spline`.
@@ -496,6 +498,6 @@ def rational_quadratic_spline_packed(
         precision,
     )
     bound = _bound(op, x, tails, tail_bound, bounds)
-    x, (params,), bound, sample_dims, back = _arranged(op, x, [params], bound, logdet, sum_dims)
+    x, (params, bound), sample_dims, back = _arranged(op, x, [params, bound], logdet, sum_dims)
     y, total = _packed(x, params, bound, bins, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total

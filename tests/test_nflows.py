@@ -89,11 +89,11 @@ def spline_autoregressive(**how):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("tails", ["linear", None])
-def test_the_functions(tails, inverse):
+@pytest.mark.parametrize(("tails", "derivatives"), [("linear", 7), ("linear", 8), ("linear", 9), (None, 9)])
+def test_the_functions(tails, derivatives, inverse):
     torch.manual_seed(0)
     x = torch.randn(8_000) if tails else torch.rand(8_000)
-    params = [torch.randn(8_000, k) for k in (8, 8, 7 if tails else 9)]
+    params = [torch.randn(8_000, k) for k in (8, 8, derivatives)]
 
     def function(x, *params):
         if tails:
