@@ -1536,6 +1536,18 @@ def test_dtensor_shards_samples():
             (z.sum() + m.sum()).backward()
             assert torch.equal(y.full_tensor(), z) and torch.equal(l.full_tensor(), m)
             assert torch.equal(a.grad.full_tensor(), c.grad) and torch.equal(b.grad.full_tensor(), d.grad)
+        bound, how = torch.tensor([1.0, 2.0, 0.5, 3.0]), {"tails": ["linear", "circular"] * 2, "logdet": "sum"}
+        params = torch.randn(6, 4, 12)
+        a, b = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (x, params))
+        shared = distribute_tensor(bound, mesh, [Replicate()])
+        y, l = pyperf_dl.rational_quadratic_spline_packed(a, b, 4, tail_bound=shared, **how)
+        assert y.placements == l.placements == (Shard(0),)
+        (y.sum() + l.sum()).backward()
+        c, d = (t.clone().requires_grad_() for t in (x, params))
+        z, m = pyperf_dl.rational_quadratic_spline_packed(c, d, 4, tail_bound=bound, **how)
+        (z.sum() + m.sum()).backward()
+        assert torch.equal(y.full_tensor(), z) and torch.equal(l.full_tensor(), m)
+        assert torch.equal(a.grad.full_tensor(), c.grad) and torch.equal(b.grad.full_tensor(), d.grad)
         dist.destroy_process_group()
         print("sharded")
     """

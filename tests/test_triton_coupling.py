@@ -454,23 +454,26 @@ def test_affine_layouts(small_programs, launcher):
 
 
 @pytest.mark.parametrize(
-    ("tails", "bins", "exact", "said"),
+    ("tails", "bound", "bins", "exact", "said"),
     [
-        ("circular", 5, False, "tails='circular'"),
-        ("bounded", 5, False, "tails='bounded'"),
-        ("linear", 5, True, "precision='exact'"),
-        ("linear", 65, False, "more than 64 bins"),
+        ("circular", None, 5, False, "tails='circular'"),
+        ("bounded", None, 5, False, "tails='bounded'"),
+        ("linear", 2.0, 5, False, "a tensor for tail_bound"),
+        ("mixed", -1.5, 5, False, "a list of tails"),
+        ("linear", None, 5, True, "precision='exact'"),
+        ("linear", None, 65, False, "more than 64 bins"),
     ],
 )
-def test_what_is_not_covered_runs_the_reference(launcher, tails, bins, exact, said):
+def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, bins, exact, said):
     launcher._warn_uncovered.cache_clear()
     x = numbers(2, 9).to(DEVICE)
     packed = numbers(2, 9, 2 * bins + reference.derivative_count(bins, tails), seed=1).to(DEVICE)
+    bound = None if bound is None else torch.full_like(x, bound)
     inverse, _, *statics = spline_statics(exact=exact)
     name = "rational_quadratic_spline_packed"
     calls = {name: (x, packed), f"{name}_backward": (x, x, x, packed)}
     for name, tensors in calls.items():
-        arguments = (*tensors, None, bins, inverse, tails, *statics)
+        arguments = (*tensors, bound, bins, inverse, tails, *statics)
         with pytest.warns(UserWarning, match="runs the reference") as caught:
             got = getattr(launcher, name)(*arguments)
         assert said in str(caught[0].message)
@@ -482,9 +485,9 @@ def test_what_is_not_covered_runs_the_reference(launcher, tails, bins, exact, sa
             assert torch.equal(a, b)
     parts = packed.split((bins, bins, packed.shape[-1] - 2 * bins), -1)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline(x, *parts, None, inverse, tails, *statics)
+        launcher.rational_quadratic_spline(x, *parts, bound, inverse, tails, *statics)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline_backward(x, x, x, *parts, None, inverse, tails, *statics)
+        launcher.rational_quadratic_spline_backward(x, x, x, *parts, bound, inverse, tails, *statics)
 
 
 def test_shapes_that_do_not_belong_together_raise(launcher):
