@@ -264,8 +264,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
                     R(2);
   // By the raw parameters of an element outside, which has no gradient; of one without a box it is NaN.
   const auto none = scaled ? p.bound - p.bound : zero;
-  const auto grad_out =
-      c.scaled ? grad_y * abs<M>(p.bound) : grad_y;  // in the box that is not scaled, as all that follows
+  const auto grad_out = scaled ? grad_y * abs<M>(p.bound) : grad_y;  // in the box that is not scaled, as what follows
   auto gy = grad_out, gl = grad_logdet, grad_in = grad_out;
   if (c.inverse) {  // x(y): the chain rule through y(x) - y = 0
     gl = -gl;
