@@ -30,21 +30,23 @@ struct Cpu {
 }  // namespace
 }  // namespace pyperf::coupling
 
+// bound: [*x.shape], log-det dtype; scales the box of an element; with tails "mixed" negative where they are circular.
 // smallest: bin width, bin height, derivative. sample_dims: log-dets are summed over the dimensions behind; -1: not.
 #define PYPERF_SPLINE_STATICS                                                                        \
   "bool inverse, str tails, str parametrization, float[] box, float[] smallest, float logit_scale, " \
-  "float curve, int sample_dims, bool exact"
+  "float curve, SymInt sample_dims, bool exact"
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
-  m.def("rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, " PYPERF_SPLINE_STATICS
-        ") -> (Tensor, Tensor)");
-  m.def("rational_quadratic_spline_packed(Tensor x, Tensor params, SymInt bins, " PYPERF_SPLINE_STATICS
+  m.def(
+      "rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, Tensor? "
+      "bound, " PYPERF_SPLINE_STATICS ") -> (Tensor, Tensor)");
+  m.def("rational_quadratic_spline_packed(Tensor x, Tensor params, Tensor? bound, SymInt bins, " PYPERF_SPLINE_STATICS
         ") -> (Tensor, Tensor)");
   m.def(
       "rational_quadratic_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor widths, Tensor heights, "
-      "Tensor derivatives, " PYPERF_SPLINE_STATICS ") -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor derivatives, Tensor? bound, " PYPERF_SPLINE_STATICS ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "rational_quadratic_spline_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor params, SymInt "
-      "bins, " PYPERF_SPLINE_STATICS ") -> (Tensor, Tensor)");
+      "rational_quadratic_spline_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor params, Tensor? "
+      "bound, SymInt bins, " PYPERF_SPLINE_STATICS ") -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyperf_dl, CPU, m) { PYPERF_IMPLEMENT_SPLINES(m, pyperf::coupling::Cpu); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,12 +19,14 @@ namespace pyperf::coupling {
 inline Tails tails_named(const std::string& name) {
   if (name == "linear") return Tails::linear;
   if (name == "circular") return Tails::circular;
-  require(name == "bounded", "coupling: tails must be linear, circular or bounded, got ", name);
+  if (name == "mixed") return Tails::mixed;
+  require(name == "bounded", "coupling: tails must be linear, circular, bounded or mixed, got ", name);
   return Tails::bounded;
 }
 
-// Arguments of the operator that are not tensors.
+// Arguments of the operator beside x and its parameters.
 struct SplineArguments {
+  std::optional<Tensor> bound;  // of each element
   bool inverse;
   std::string tails, parametrization;
   std::vector<double> box, least;
@@ -37,7 +40,8 @@ struct SplineArguments {
     require(box.size() == 4 && least.size() == 3, "coupling: box has four numbers, smallest three");
     require(parametrization == "nflows" || parametrization == "zuko",
             "coupling: parametrization must be nflows or zuko, got ", parametrization);
-    return make_spline<R>(int(bins), tails_named(tails), inverse, parametrization == "zuko",
+    require(bound || tails != "mixed", "coupling: mixed tails need bounds, whose signs are the tails");
+    return make_spline<R>(int(bins), tails_named(tails), inverse, parametrization == "zuko", bound.has_value(),
                           {box[0], box[1], box[2], box[3]}, {least[0], least[1], least[2]}, logit_scale, curve);
   }
 };
@@ -65,6 +69,7 @@ struct SplineTensors {
   std::array<Parameters, 3> parameters;  // widths, heights, derivatives
   std::array<Parameters, 3> gradients;   // of them; only in a backward
   const Tensor* grad_y = nullptr;
+  const Tensor* bound = nullptr;
   Tensor logdet, result;
   bool backward = false;
 };
@@ -84,7 +89,31 @@ inline void check_shape(const char* what, const Tensor& t, const Tensor& x, int6
   require(t.device() == x.device(), "coupling: tensors must be on one device");
 }
 
+inline void check_arguments(const Tensor& x, const SplineArguments& how) {
+  require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
+  if (!how.bound) return;
+  check_shape("bound", *how.bound, x, x.dim());
+  require(how.bound->scalar_type() == logdet_type(x), "coupling: bound must have the dtype of log-dets");
+}
+
 // ---- elements ----
+
+// Apart from the operands, which could not be walked in long rows beside a tensor that repeats. False as below.
+inline bool spline_bounds(const SplineTensors& t, int64_t sample_dims, SplineBounds& bounds) {
+  bounds.data = nullptr;
+  if (!t.bound) return true;
+  std::array<const int64_t*, 2> strides{t.bound->strides().data(), t.result.strides().data()};
+  const ElementRuns<2> runs(t.x.sizes().data(), t.x.dim(), strides, std::max<int64_t>(sample_dims, 0));
+  if (!runs.fits) return false;
+  bounds.rows.count = runs.rows.count, bounds.rows.dims = runs.rows.dims;
+  for (int d = 0; d < runs.rows.dims; ++d) {
+    bounds.rows.size[d] = runs.rows.size[d];
+    bounds.rows.stride[0][d] = runs.rows.stride[0][d];
+  }
+  bounds.n = runs.n, bounds.stride = runs.stride[0];
+  bounds.data = t.bound->data_ptr();
+  return true;
+}
 
 // False where the tensors' dimensions cannot be walked as they are.
 inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineElements& e) {
@@ -133,7 +162,7 @@ inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineE
     e.grads_packed = follows(t.gradients[1], t.gradients[0]) && follows(t.gradients[2], t.gradients[1]);
   }
   (e.summed ? e.sample_logdet : e.data[kLogdet]) = t.logdet.data_ptr();
-  return true;
+  return spline_bounds(t, sample_dims, e.bounds);
 }
 
 template <class Backend, bool kBackward>
@@ -150,7 +179,12 @@ bool run_spline(const SplineTensors& t, const SplineArguments& how, int64_t bins
 
 // ---- operators ----
 
-// The same parameters in `copies`, which can always be walked.
+// The same arguments with a copy of the bounds, which can always be walked.
+inline SplineArguments copied(SplineArguments how) {
+  if (how.bound) how.bound = contiguous(*how.bound);
+  return how;
+}
+// The same parameters in `copies`.
 inline std::array<Parameters, 3> copied(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& copies) {
   for (int k = 0; k < 3; ++k) {
     copies[k] = contiguous(*parameters[k].of);
@@ -165,10 +199,11 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
   const Spline<double> s = how.spline<double>(bins);
   const int64_t counts[] = {bins, bins, s.derivatives()};
   for (int k = 0; k < 3; ++k) check_parameters(x, parameters[k], counts[k], parameters[0].of->scalar_type());
-  require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
+  check_arguments(x, how);
   SplineTensors t;
   t.x = x;
   t.parameters = parameters;
+  t.bound = how.bound ? &*how.bound : nullptr;
   const auto layout = preserved_layout(x);
   t.result = empty(x, sizes_of(x, x.dim()), layout, x.scalar_type());
   if (how.sample_dims < 0) {
@@ -180,7 +215,7 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
   }
   if (run_spline<Backend, false>(t, how, bins)) return {t.result, t.logdet};
   std::array<Tensor, 3> copies;
-  const auto [y, logdet] = spline_forward<Backend>(contiguous(x), copied(parameters, copies), how, bins);
+  const auto [y, logdet] = spline_forward<Backend>(contiguous(x), copied(parameters, copies), copied(how), bins);
   copy_(t.result, y);
   copy_(t.logdet, logdet);
   return {t.result, t.logdet};
@@ -194,7 +229,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   const Spline<double> s = how.spline<double>(bins);
   const int64_t counts[] = {bins, bins, s.derivatives()};
   for (int k = 0; k < 3; ++k) check_parameters(x, parameters[k], counts[k], parameters[0].of->scalar_type());
-  require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
+  check_arguments(x, how);
   check_shape("grad_y", grad_y, x, x.dim());
   check_shape("grad_logdet", grad_logdet, x, how.sample_dims < 0 ? x.dim() : how.sample_dims);
   require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
@@ -202,6 +237,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   SplineTensors t;
   t.x = x;
   t.parameters = parameters;
+  t.bound = how.bound ? &*how.bound : nullptr;
   t.gradients = gradients;
   t.grad_y = &grad_y;
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
@@ -216,7 +252,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
     into[k].of = packed ? &dense[0] : &dense[k];
   }
   const Tensor grad_x = spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x),
-                                                 copied(parameters, copies), into, how, bins);
+                                                 copied(parameters, copies), into, copied(how), bins);
   copy_(t.result, grad_x);
   for (int k = 0; k < 3; ++k) {
     Tensor gradient = *gradients[k].of;
@@ -240,22 +276,26 @@ inline std::array<Parameters, 3> whole(const Tensor& widths, const Tensor& heigh
 
 template <class Backend>
 std::tuple<Tensor, Tensor> rational_quadratic_spline(const Tensor& x, const Tensor& widths, const Tensor& heights,
-                                                     const Tensor& derivatives, bool inverse, std::string tails,
-                                                     std::string parametrization, std::vector<double> box,
-                                                     std::vector<double> smallest, double logit_scale, double curve,
-                                                     int64_t sample_dims, bool exact) {
-  const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
+                                                     const Tensor& derivatives, std::optional<Tensor> bound,
+                                                     bool inverse, std::string tails, std::string parametrization,
+                                                     std::vector<double> box, std::vector<double> smallest,
+                                                     double logit_scale, double curve, int64_t sample_dims,
+                                                     bool exact) {
+  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
+                            smallest, logit_scale, curve, sample_dims,     exact};
   const auto parameters = whole(widths, heights, derivatives);
   return spline_forward<Backend>(x, parameters, how, parameters[0].count);
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> rational_quadratic_spline_packed(const Tensor& x, const Tensor& params, int64_t bins,
-                                                            bool inverse, std::string tails,
-                                                            std::string parametrization, std::vector<double> box,
-                                                            std::vector<double> smallest, double logit_scale,
-                                                            double curve, int64_t sample_dims, bool exact) {
-  const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
+std::tuple<Tensor, Tensor> rational_quadratic_spline_packed(const Tensor& x, const Tensor& params,
+                                                            std::optional<Tensor> bound, int64_t bins, bool inverse,
+                                                            std::string tails, std::string parametrization,
+                                                            std::vector<double> box, std::vector<double> smallest,
+                                                            double logit_scale, double curve, int64_t sample_dims,
+                                                            bool exact) {
+  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
+                            smallest, logit_scale, curve, sample_dims,     exact};
   require(params.dim() > 0, "coupling: parameters need a dimension");
   return spline_forward<Backend>(x, split(params, bins), how, bins);
 }
@@ -263,9 +303,11 @@ std::tuple<Tensor, Tensor> rational_quadratic_spline_packed(const Tensor& x, con
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> rational_quadratic_spline_backward(
     const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& widths, const Tensor& heights,
-    const Tensor& derivatives, bool inverse, std::string tails, std::string parametrization, std::vector<double> box,
-    std::vector<double> smallest, double logit_scale, double curve, int64_t sample_dims, bool exact) {
-  const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
+    const Tensor& derivatives, std::optional<Tensor> bound, bool inverse, std::string tails,
+    std::string parametrization, std::vector<double> box, std::vector<double> smallest, double logit_scale,
+    double curve, int64_t sample_dims, bool exact) {
+  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
+                            smallest, logit_scale, curve, sample_dims,     exact};
   const auto parameters = whole(widths, heights, derivatives);
   const Tensor gw = gradient_like(widths), gh = gradient_like(heights), gd = gradient_like(derivatives);
   const Tensor gx =
@@ -275,10 +317,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_quadratic_spline_backward(
 
 template <class Backend>
 std::tuple<Tensor, Tensor> rational_quadratic_spline_packed_backward(
-    const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& params, int64_t bins, bool inverse,
-    std::string tails, std::string parametrization, std::vector<double> box, std::vector<double> smallest,
-    double logit_scale, double curve, int64_t sample_dims, bool exact) {
-  const SplineArguments how{inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact};
+    const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& params, std::optional<Tensor> bound,
+    int64_t bins, bool inverse, std::string tails, std::string parametrization, std::vector<double> box,
+    std::vector<double> smallest, double logit_scale, double curve, int64_t sample_dims, bool exact) {
+  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
+                            smallest, logit_scale, curve, sample_dims,     exact};
   require(params.dim() > 0, "coupling: parameters need a dimension");
   const Tensor grad = gradient_like(params);
   const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, split(params, bins), split(grad, bins), how, bins);

@@ -40,7 +40,7 @@ _decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
-    return args[0].requires_grad or (tensors > 1 and any(t.requires_grad for t in args[1:tensors]))
+    return args[0].requires_grad or (tensors > 1 and any(t is not None and t.requires_grad for t in args[1:tensors]))
 
 
 class Operator:
@@ -48,7 +48,8 @@ class Operator:
 
     Args:
         name: the schema is in `csrc/<family>.cpp`.
-        tensors: number of leading tensor arguments; the others are numbers, strings and flags.
+        tensors: number of leading tensor arguments, of which all but the first may be None; the others are numbers,
+            strings and flags.
         fake: shapes, strides and dtypes of the outputs, without data.
         reference: the same function in plain PyTorch; differentiable, and the operator's decomposition.
         launch: `module:function` of the Triton form, same arguments.
@@ -225,17 +226,37 @@ def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.
     return kernel
 
 
-def _has_tangent(t: torch.Tensor) -> bool:
+def _has_tangent(t: torch.Tensor | None) -> bool:
     """Asks the tensor itself: in a compiled forward AD level, Python's own record of the level is not kept."""
-    return torch._VF._unpack_dual(t, level=0)[1] is not None  # type: ignore[attr-defined]
+    return t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None  # type: ignore[attr-defined]
+
+
+def is_differentiated(t: torch.Tensor) -> bool:
+    """By autograd or forward AD, at any level of the transforms that are active."""
+    if t.requires_grad:
+        return True
+    if torch.compiler.is_compiling() or not _are_functorch_transforms_active():
+        return _has_tangent(t)
+    from torch._C import _functorch
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+    if _functorch.maybe_get_level(t) == _functorch.maybe_current_level():
+        if _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp and _has_tangent(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    with temporarily_pop_interpreter_stack():
+        return is_differentiated(t)
+
+
+def _in_front(t: torch.Tensor | None, dim: int | None, batch_size: int) -> torch.Tensor | None:
+    if t is None:
+        return None
+    return t.unsqueeze(0).expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _vmap_rule(operator: Operator, call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        batched = [
-            t.unsqueeze(0).expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(args[: operator.tensors], in_dims, strict=False)
-        ]
+        batched = [_in_front(t, d, info.batch_size) for t, d in zip(args[: operator.tensors], in_dims, strict=False)]
         out = call(*operator.batch(*batched, *args[operator.tensors :]))
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
 
@@ -263,7 +284,7 @@ def _sharding_rule(operator: Operator, op: Any) -> Callable[..., Any]:
         from torch.distributed.tensor import Replicate, Shard
 
         placements = [Replicate(), *(Shard(d) for d in operator.shard(*args))]
-        others = [None] * (len(args) - operator.tensors)
-        return [([p] * len(op._schema.returns), [p] * operator.tensors + others) for p in placements]
+        there = [n < operator.tensors and arg is not None for n, arg in enumerate(args)]
+        return [([p] * len(op._schema.returns), [p if t else None for t in there]) for p in placements]
 
     return strategies

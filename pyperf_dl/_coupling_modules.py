@@ -599,8 +599,10 @@ class SplineCoupling(_Coupling):
             heights, derivatives: [B, C * P, ...] (see ``layout``) or [B, C, P, ...], or with 1 in place of a size
             other than C and P. :meth:`parameter_count` says how many there are in all.
         bins: K, >= 1.{arguments}
-        tails, tail_bound, bounds, min_bin_width, min_bin_height, min_derivative, identity_init, logit_scale,
-            parametrization, slope, precision: as for :func:`rational_quadratic_spline_packed`.
+        tails, tail_bound: as for :func:`rational_quadratic_spline_packed`; a sequence of C tails and a tensor [C] of
+            bounds, which becomes a buffer, are those of the transformed features, along dim 1 of x.
+        bounds, min_bin_width, min_bin_height, min_derivative, identity_init, logit_scale, parametrization, slope,
+            precision: as for :func:`rational_quadratic_spline_packed`.
 
     Raises:
         TypeError, ValueError: an argument of another type or value; a call in which x, the sample mask or what the
@@ -626,8 +628,8 @@ class SplineCoupling(_Coupling):
         swap: bool = False,
         layout: str = "interleaved",
         save: str = "x",
-        tails: str = "linear",
-        tail_bound: float = 1.0,
+        tails: str | Sequence[str] = "linear",
+        tail_bound: float | torch.Tensor = 1.0,
         bounds: Any = None,
         min_bin_width: float = 1e-3,
         min_bin_height: float = 1e-3,
@@ -641,9 +643,11 @@ class SplineCoupling(_Coupling):
         super().__init__(conditioner, mask, swap, layout, save)
         self.bins = _checks.integer("SplineCoupling", "bins", bins, 1)
         self.params_per_feature = self.parameter_count(1, bins, tails)
+        by_feature = tail_bound if isinstance(tail_bound, torch.Tensor) else None
+        self.register_buffer("tail_bound", by_feature, persistent=False)
         self.options = {
-            "tails": tails,
-            "tail_bound": tail_bound,
+            "tails": tuple(tails) if isinstance(tails, list) else tails,
+            "tail_bound": 1.0 if by_feature is not None else tail_bound,
             "bounds": bounds,
             "min_bin_width": min_bin_width,
             "min_bin_height": min_bin_height,
@@ -657,11 +661,11 @@ class SplineCoupling(_Coupling):
         _tried(self)
 
     @staticmethod
-    def parameter_count(features: int, bins: int, tails: str = "linear") -> int:
+    def parameter_count(features: int, bins: int, tails: str | Sequence[str] = "linear") -> int:
         """How many parameters the conditioner has to return for `features` transformed features."""
         name = "SplineCoupling.parameter_count"
         features, bins = _checks.integer(name, "features", features, 0), _checks.integer(name, "bins", bins, 1)
-        tails = _checks.choice(name, "tails", tails, reference.TAILS)
+        tails = "mixed" if isinstance(tails, (list, tuple)) else _checks.choice(name, "tails", tails, reference.TAILS)
         return features * (2 * bins + reference.derivative_count(bins, tails))
 
     def _parameter_names(self) -> str:
@@ -669,11 +673,19 @@ class SplineCoupling(_Coupling):
         return f"{self.bins} widths, {self.bins} heights, {derivatives} derivatives for tails={self.options['tails']!r}"
 
     def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
-        return rational_quadratic_spline_packed(part, params, self.bins, inverse=inverse, logdet=logdet, **self.options)
+        options = {**self.options, "inverse": inverse, "logdet": logdet}
+        if self.tail_bound is not None:
+            options["tail_bound"] = self.tail_bound
+        elif not isinstance(self.options["tails"], tuple):
+            return rational_quadratic_spline_packed(part, params, self.bins, **options)
+        y, total = rational_quadratic_spline_packed(part.movedim(1, -1), params.movedim(1, -2), self.bins, **options)
+        return y.movedim(-1, 1), total if logdet == "sum" else total.movedim(-1, 1)
 
     def _described(self) -> list[str]:
         defaults = SplineCoupling.__init__.__kwdefaults__
         changed = [f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name]]
+        if self.tail_bound is not None:
+            changed.append(f"tail_bound={_checks.described(self.tail_bound)}")
         return [f"bins={self.bins}", *changed]
 
 
@@ -683,8 +695,15 @@ for _kind in (AdditiveCoupling, AffineCoupling, SplineCoupling):
 
 def _tried(layer: _Coupling) -> None:
     """Options that the function would refuse are refused when the layer is made."""
-    nothing = torch.zeros(0, 1, device="cpu", dtype=torch.float32)
-    layer._function(nothing, nothing.unsqueeze(-1).expand(0, 1, layer.params_per_feature), False, "sum")
+    features, device, dtype = 1, torch.device("cpu"), torch.float32
+    if isinstance(layer, SplineCoupling):
+        bound, tails = layer.tail_bound, layer.options["tails"]
+        if bound is not None:
+            features = bound.shape[-1] if bound.dim() else features
+            device, dtype = bound.device, bound.dtype if bound.is_floating_point() else dtype
+        features = len(tails) if isinstance(tails, tuple) else features
+    nothing = torch.zeros(0, features, device=device, dtype=dtype)
+    layer._function(nothing, nothing.unsqueeze(-1).expand(0, features, layer.params_per_feature), False, "sum")
 
 
 # ---- layers along the channels ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks
-from ._autograd import Operator
+from ._autograd import Operator, is_differentiated
 from .reference import coupling as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,6 +20,7 @@ MOST_BINS = 256
 
 # ---- operators: shapes, derivatives, batching, sharding ----
 
+# tensors: [grad_y, grad_logdet,] x, parameters, bound (may be None, has no gradient)
 # statics: [bins,] inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
 _STATICS = 9
 _SAMPLE_DIMS = -2
@@ -40,10 +42,6 @@ def _fake_forward(x, *rest):
     return _like(x), logdet
 
 
-def _fake_backward(grad_y, grad_logdet, *tensors_and_statics):
-    return tuple(_like(t) for t in tensors_and_statics if isinstance(t, torch.Tensor))
-
-
 def _saved(tensors: int) -> Any:
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:tensors])
@@ -53,17 +51,20 @@ def _saved(tensors: int) -> Any:
 
 
 def _by_reference(function: Any, tensors: int) -> dict[str, Any]:
-    """Derivatives of an operator as those of its reference."""
+    """Derivatives of an operator as those of its reference; the last of its tensors, the bound, has none."""
 
-    def of(ctx: Any) -> Any:
-        return lambda *inputs: function(*inputs, *ctx.statics)
+    def saved(ctx: Any) -> tuple[Any, Sequence[torch.Tensor]]:
+        *inputs, bound = ctx.saved_tensors
+        return lambda *t: function(*t, bound, *ctx.statics), inputs
 
-    return {
-        "backward": lambda ctx, *grads: torch.func.vjp(of(ctx), *ctx.saved_tensors)[1](grads),
-        "jvp": lambda ctx, *tangents: reference.pushed_forward(of(ctx), ctx.saved_tensors, tangents),
-        "save": _saved(tensors),
-        "tensors": tensors,
-    }
+    def backward(ctx, *grads):
+        of, inputs = saved(ctx)
+        return *torch.func.vjp(of, *inputs)[1](grads), None
+
+    def jvp(ctx, *tangents):
+        return reference.pushed_forward(*saved(ctx), tangents[:-1])
+
+    return {"backward": backward, "jvp": jvp, "save": _saved(tensors), "tensors": tensors}
 
 
 def _batched(*args):
@@ -82,7 +83,7 @@ def _operations(per_bin: int, per_element: int, x_at: int) -> Any:
 
     def count(*args, out_shape=None, **kwargs):
         elements = math.prod(args[x_at])
-        bins = args[x_at + 1][-1] if len(args) - x_at - _STATICS == 4 else args[-_STATICS - 1]
+        bins = args[x_at + 1][-1] if len(args) - x_at - _STATICS == 5 else args[-_STATICS - 1]
         return elements * (per_bin * bins + per_element)
 
     return count
@@ -93,11 +94,11 @@ _common: dict[str, Any] = {"batch": _batched, "shard": _sample_dims}
 
 
 def _operators(name: str, tensors: int) -> tuple[Operator, Operator]:
-    """The forward and the backward of one way to pass parameters."""
+    """The forward and the backward of one way to pass parameters; `tensors` of the forward."""
     forward, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
     spline_backward = Operator(
         f"{name}_backward",
-        fake=_fake_backward,
+        fake=lambda grad_y, grad_logdet, *rest: tuple(map(_like, rest[: tensors - 1])),
         reference=backward,
         launch=f"{_LAUNCH}:{name}_backward",
         flops=_operations(60, 150, 2),
@@ -111,14 +112,14 @@ def _operators(name: str, tensors: int) -> tuple[Operator, Operator]:
         launch=f"{_LAUNCH}:{name}",
         flops=_operations(40, 90, 0),
         **_by_reference(forward, tensors)
-        | {"backward": lambda ctx, *grads: spline_backward(*grads, *ctx.saved_tensors, *ctx.statics)},
+        | {"backward": lambda ctx, *grads: (*spline_backward(*grads, *ctx.saved_tensors, *ctx.statics), None)},
         **_common,
     )
     return spline, spline_backward
 
 
-_spline, _spline_backward = _operators("rational_quadratic_spline", 4)
-_packed, _packed_backward = _operators("rational_quadratic_spline_packed", 2)
+_spline, _spline_backward = _operators("rational_quadratic_spline", 5)
+_packed, _packed_backward = _operators("rational_quadratic_spline_packed", 3)
 
 # ---- arguments ----
 
@@ -146,7 +147,7 @@ def _box(op: str, tail_bound: Any, bounds: Any, tails: str) -> tuple[float, floa
         raise ValueError(f"{op}: bounds must have left < right and bottom < top, got {bounds!r}")
     if tails != "bounded" and (left, right) != (bottom, top):
         raise ValueError(
-            f"{op}: bounds must be the same along x and y with tails={tails!r}, which continue as the identity, "
+            f"{op}: bounds must be the same along x and y with {tails} tails, which continue as the identity, "
             f"got {bounds!r}"
         )
     return left, right, bottom, top
@@ -164,7 +165,7 @@ class _How(NamedTuple):
     curve: float
 
 
-_DERIVATIVES = {"linear": "K - 1", "circular": "K", "bounded": "K + 1"}
+_DERIVATIVES = {"linear": "K - 1", "circular": "K", "mixed": "K", "bounded": "K + 1"}
 
 
 def _plan(
@@ -187,7 +188,12 @@ def _plan(
 ) -> _How:
     _checks.flag(op, "inverse", inverse)
     _checks.flag(op, "identity_init", identity_init)
-    _checks.choice(op, "tails", tails, reference.TAILS)
+    if isinstance(tails, tuple):
+        for rule in tails:
+            _checks.choice(op, "each of tails", rule, ("linear", "circular"))
+        given, tails = "a sequence of tails", "mixed"
+    else:
+        given = f"tails={_checks.choice(op, 'tails', tails, reference.TAILS)!r}"
     _checks.choice(op, "parametrization", parametrization, reference.PARAMETRIZATIONS)
     _checks.choice(op, "logdet", logdet, ("elementwise", "sum"))
     _checks.choice(op, "precision", precision, ("fast", "exact"))
@@ -196,7 +202,7 @@ def _plan(
     wanted = reference.derivative_count(bins, tails)
     if derivatives != wanted:
         raise ValueError(
-            f"{op}: tails={tails!r} with K = {bins} bins needs {_DERIVATIVES[tails]} = {wanted} derivatives an element "
+            f"{op}: {given} with K = {bins} bins needs {_DERIVATIVES[tails]} = {wanted} derivatives an element "
             f"({2 * bins + wanted} parameters in all), got {derivatives} ({2 * bins + derivatives} in all)"
         )
     box = _box(op, tail_bound, bounds, tails)
@@ -267,25 +273,69 @@ def checked_companion(op: str, name: str, value: torch.Tensor, x: torch.Tensor) 
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {value.device}")
 
 
+def _checked_bound(op: str, value: torch.Tensor, x: torch.Tensor, bounds: Any) -> torch.Tensor:
+    """A tensor for a tail bound, in the dtype of log-dets."""
+    if bounds is not None:
+        raise ValueError(f"{op}: tail_bound must be a number beside bounds, got {_checks.described(value)}")
+    dtype = reference.logdet_dtype(x)
+    _checks.strided_tensor(op, "tail_bound", value, DTYPES)
+    if value.dtype not in (x.dtype, dtype):
+        raise TypeError(f"{op}: tail_bound must have the dtype of x or of log-dets, {dtype}, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: tail_bound must be on x's device {x.device}, got {value.device}")
+    if is_differentiated(value):
+        raise ValueError(f"{op}: tail_bound must not require a gradient, it has none: detach it")
+    try:
+        value.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: tail_bound must be a number or broadcast to the shape of x, got {list(value.shape)} for x "
+            f"{list(x.shape)}"
+        ) from None
+    return value.to(dtype)
+
+
+def _bound(op: str, x: torch.Tensor, tails: Any, tail_bound: Any, bounds: Any) -> torch.Tensor | None:
+    """What each element's box is multiplied with, [*x.shape]; negative where its tails are circular among others."""
+    bound = _checked_bound(op, tail_bound, x, bounds) if isinstance(tail_bound, torch.Tensor) else None
+    if isinstance(tails, tuple):
+        if x.dim() == 0 or len(tails) != x.shape[-1]:
+            raise ValueError(
+                f"{op}: a sequence of tails must have one for each element of x's last dimension, got {len(tails)} for "
+                f"x {list(x.shape)}"
+            )
+        if bound is None:
+            bound = torch.ones(len(tails), dtype=reference.logdet_dtype(x), device=x.device)
+        bound = bound.clamp(min=0).expand(*bound.shape[:-1], len(tails))  # signs are taken
+        parts, start = [], 0
+        for rule, run in itertools.groupby(tails):  # made on the device: a copy of numbers to it would wait for it
+            part = bound[..., start : start + len(list(run))]
+            parts.append(-part if rule == "circular" else part)
+            start += part.shape[-1]
+        bound = torch.cat(parts, -1) if parts else bound
+    return None if bound is None else bound.expand(x.shape)
+
+
 def _arranged(
-    op: str, x: torch.Tensor, parameters: Sequence[torch.Tensor], logdet: str, sum_dims: Any
-) -> tuple[torch.Tensor, Sequence[torch.Tensor], int, list[int] | None]:
-    """x and the parameters with the summed dimensions behind the others, how many others, and the way back."""
+    op: str, x: torch.Tensor, others: Sequence[Any], logdet: str, sum_dims: Any
+) -> tuple[torch.Tensor, Sequence[Any], int, list[int] | None]:
+    """x and the others, [*x.shape, ...] or None, with the summed dimensions behind the rest, how many the rest is, and
+    the way back."""
     if logdet == "elementwise":
         if sum_dims is not None:
             raise ValueError(f"{op}: sum_dims needs logdet='sum', got sum_dims={sum_dims!r} with 'elementwise'")
-        return x, parameters, -1, None
+        return x, others, -1, None
     if sum_dims is None:
-        return x, parameters, min(1, x.dim()), None
+        return x, others, min(1, x.dim()), None
     listed = sum_dims if isinstance(sum_dims, (tuple, list)) else (sum_dims,)
     summed = [_checks.dimension(op, "sum_dims", d, x.dim()) for d in listed]
     if len(set(summed)) != len(summed):
         raise ValueError(f"{op}: sum_dims must name each dimension once, got {sum_dims!r}")
     order = [d for d in range(x.dim()) if d not in summed] + sorted(summed)
     if order == list(range(x.dim())):
-        return x, parameters, x.dim() - len(summed), None
+        return x, others, x.dim() - len(summed), None
     back = sorted(range(x.dim()), key=order.__getitem__)
-    moved = [p.permute(*order, x.dim()) for p in parameters]
+    moved = [None if t is None else t.permute(*order, *range(x.dim(), t.dim())) for t in others]
     return x.permute(order), moved, x.dim() - len(summed), back
 
 
@@ -296,8 +346,8 @@ def rational_quadratic_spline(
     derivatives: torch.Tensor,
     *,
     inverse: bool = False,
-    tails: str = "linear",
-    tail_bound: float = 1.0,
+    tails: str | Sequence[str] = "linear",
+    tail_bound: float | torch.Tensor = 1.0,
     bounds: Sequence[float] | None = None,
     min_bin_width: float = 1e-3,
     min_bin_height: float = 1e-3,
@@ -327,8 +377,11 @@ def rational_quadratic_spline(
         inverse: x from y.
         tails: ``"linear"`` (K - 1 derivatives; slope 1 at both ends, the identity outside), ``"circular"`` (K; the last
             knot has the slope of the first, the identity outside), ``"bounded"`` (K + 1; the line through the corner
-            goes on outside, so that no input is refused).
-        tail_bound: the box is [-tail_bound, tail_bound] along x and y.
+            goes on outside, so that no input is refused). Or a sequence of ``"linear"`` and ``"circular"``, one for
+            each element of x's last dimension: K derivatives, of which linear tails do not use the first.
+        tail_bound: the box is [-tail_bound, tail_bound] along x and y. Or a tensor of what broadcasts to x's shape, of
+            x's dtype or that of log-dets, which has no gradient; where it is not in [2^-100, 2^100], the element and
+            its gradients are NaN.
         bounds: (left, right, bottom, top) of the box, instead.
         min_bin_width, min_bin_height, min_derivative: the first two are parts of the box; all > 0 for a finite log-det
             of every input.
@@ -349,9 +402,9 @@ def rational_quadratic_spline(
         TypeError, ValueError: arguments that do not fit. No value of a tensor raises: every finite input gives finite
             results and gradients, NaN stays in its element.
 
-    Deterministic: the same bits for any number of threads. Differentiable in all four tensors, twice too; x and the
-    parameters are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019); conventions of
-    nflows 0.14.
+    Deterministic: the same bits for any number of threads. Differentiable in x and the parameters, twice too; they and
+    a tensor of bounds are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019);
+    conventions of nflows 0.14.
 
     >>> x = torch.tensor([-2.0, -0.5, 0.5])
     >>> widths = heights = torch.zeros(3, 4)
@@ -359,6 +412,7 @@ def rational_quadratic_spline(
     (tensor([-2.0000, -0.5000,  0.5000]), tensor([0., 0., 0.]))
     """
     op = "rational_quadratic_spline"
+    tails = tuple(tails) if isinstance(tails, list) else tails
     _checks.strided_tensor(op, "x", x, DTYPES)
     parameters = [
         _checked_parameters(op, name, value, x)
@@ -376,7 +430,7 @@ def rational_quadratic_spline(
         int(derivatives.shape[-1]),
         inverse,
         tails,
-        tail_bound,
+        1.0 if isinstance(tail_bound, torch.Tensor) else tail_bound,
         tuple(bounds) if isinstance(bounds, list) else bounds,
         min_bin_width,
         min_bin_height,
@@ -388,8 +442,9 @@ def rational_quadratic_spline(
         logdet,
         precision,
     )
-    x, parameters, sample_dims, back = _arranged(op, x, parameters, logdet, sum_dims)
-    y, total = _spline(x, *parameters, *how, sample_dims, precision == "exact")
+    bound = _bound(op, x, tails, tail_bound, bounds)
+    x, tensors, sample_dims, back = _arranged(op, x, [*parameters, bound], logdet, sum_dims)
+    y, total = _spline(x, *tensors, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total
 
 
@@ -399,8 +454,8 @@ def rational_quadratic_spline_packed(
     bins: int,
     *,
     inverse: bool = False,
-    tails: str = "linear",
-    tail_bound: float = 1.0,
+    tails: str | Sequence[str] = "linear",
+    tail_bound: float | torch.Tensor = 1.0,
     bounds: Sequence[float] | None = None,
     min_bin_width: float = 1e-3,
     min_bin_height: float = 1e-3,
@@ -416,8 +471,8 @@ def rational_quadratic_spline_packed(
     """:func:`rational_quadratic_spline` with all parameters in one tensor, as a conditioner gives them.
 
     Args:
-        params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular) or 3 K + 1 (bounded): widths, then
-            heights, then derivatives. Any strides; its gradient is one tensor, laid out alike.
+        params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular, or a sequence of tails) or 3 K + 1
+            (bounded): widths, then heights, then derivatives. Any strides; its gradient is one tensor, laid out alike.
         bins: K.
 
     The other arguments, results and errors are those of :func:`rational_quadratic_spline`.
@@ -429,6 +484,7 @@ def rational_quadratic_spline_packed(
     (torch.Size([8]), True)
     """
     op = "rational_quadratic_spline_packed"
+    tails = tuple(tails) if isinstance(tails, list) else tails
     _checks.strided_tensor(op, "x", x, DTYPES)
     params = _checked_parameters(op, "params", params, x)
     bins = _checks.integer(op, "bins", bins, 1)
@@ -438,7 +494,7 @@ def rational_quadratic_spline_packed(
         int(params.shape[-1]) - 2 * bins,
         inverse,
         tails,
-        tail_bound,
+        1.0 if isinstance(tail_bound, torch.Tensor) else tail_bound,
         tuple(bounds) if isinstance(bounds, list) else bounds,
         min_bin_width,
         min_bin_height,
@@ -450,6 +506,7 @@ def rational_quadratic_spline_packed(
         logdet,
         precision,
     )
-    x, (params,), sample_dims, back = _arranged(op, x, [params], logdet, sum_dims)
-    y, total = _packed(x, params, bins, *how, sample_dims, precision == "exact")
+    bound = _bound(op, x, tails, tail_bound, bounds)
+    x, (params, bound), sample_dims, back = _arranged(op, x, [params, bound], logdet, sum_dims)
+    y, total = _packed(x, params, bound, bins, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total

@@ -43,13 +43,21 @@ KINDS = {
     "spline": (SplineCoupling, {"bins": 5, "tail_bound": 3.0}, 14),
     "spline circular": (SplineCoupling, {"bins": 4, "tails": "circular", "tail_bound": 3.0, "layout": "halves"}, 12),
     "spline bounded": (SplineCoupling, {"bins": 3, "tails": "bounded", "bounds": (-4.0, 4.0, -3.0, 2.0)}, 10),
+    "spline by feature": (SplineCoupling, None, 12),
 }
+
+
+def by_feature(features):
+    """A box and tails for each of them."""
+    tails = [("circular", "linear")[i % 2] for i in range(features)]
+    return {"bins": 4, "tails": tails, "tail_bound": 1.5 + torch.arange(float(features)) / 2}
 
 
 def coupling(kind, shape=(3, 6), mask=None, apart=False, context=0, scale=1.0, dropout=0.0, seed=0, **how):
     torch.manual_seed(seed)
     cls, options, count = KINDS[kind]
     moved = int(mask.sum()) if mask is not None else shape[1] // 2
+    options = by_feature(moved) if options is None else options
     rank = len(shape)
     conditioner = Conditioner(shape[1] - moved, moved * count, rank, count if apart else None, context, scale, dropout)
     return cls(conditioner, mask=mask, **options, **how)
@@ -103,6 +111,28 @@ def test_log_det_of_couplings_is_that_of_the_jacobian(kind, shape, apart):
     layer = coupling(kind, shape, ALTERNATING, apart).double()
     check_jacobian(layer, sample(shape))
     check_jacobian(layer.inverse, sample(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_boxes_and_tails_are_those_of_the_transformed_features(shape):
+    """Along dim 1, in order: as layers for one feature each."""
+    shape = SHAPES[shape]
+    layer, x = coupling("spline by feature", shape, ALTERNATING).double(), sample(shape)
+    y, logdet = layer(x)
+    raw = layer.conditioner(x[:, ~ALTERNATING]).unflatten(1, (3, 12)).movedim(2, -1)
+    total = 0.0
+    for i, channel in enumerate(ALTERNATING.nonzero().flatten().tolist()):
+        tails, bound = layer.options["tails"][i], layer.tail_bound[i].item()
+        params = raw[:, i] if tails == "circular" else torch.cat([raw[:, i, ..., :8], raw[:, i, ..., 9:]], -1)
+        want, part = pyperf_dl.rational_quadratic_spline_packed(
+            x[:, channel], params, 4, tails=tails, tail_bound=bound, logdet="sum"
+        )
+        torch.testing.assert_close(y[:, channel], want)
+        total = total + part
+    torch.testing.assert_close(logdet, total)
+    assert "tail_bound" not in layer.state_dict()
+    assert layer.float().tail_bound.dtype == torch.float32
+    assert "tails=('circular', 'linear', 'circular')" in repr(layer)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -777,6 +807,7 @@ def test_parameter_counts():
     assert AdditiveCoupling.parameter_count(3) == 3
     assert AffineCoupling.parameter_count(3) == 6
     assert [SplineCoupling.parameter_count(2, 8, tails) for tails in reference.TAILS] == [46, 48, 50]
+    assert SplineCoupling.parameter_count(2, 8, ["linear", "circular"]) == 48
     assert coupling("spline").params_per_feature == 14
 
 
@@ -858,6 +889,23 @@ BAD = [
     (TypeError, "bins must be an int", lambda: SplineCoupling(I, 2.0)),
     (ValueError, "tails must be one of", lambda: SplineCoupling(I, 4, tails="cubic")),
     (ValueError, "tail_bound", lambda: SplineCoupling(I, 4, tail_bound=0.0)),
+    (
+        TypeError,
+        "tail_bound must have one of the dtypes",
+        lambda: SplineCoupling(I, 4, tail_bound=torch.tensor([1, 2])),
+    ),
+    (ValueError, "tail_bound must not require", lambda: SplineCoupling(I, 4, tail_bound=nn.Parameter(torch.ones(2)))),
+    (
+        ValueError,
+        "tail_bound must be a number or broadcast",
+        lambda: SplineCoupling(I, 4, tails=["linear"] * 3, tail_bound=torch.ones(2)),
+    ),
+    (ValueError, "each of tails must be one of", lambda: SplineCoupling(I, 4, tails=["linear", "bounded"])),
+    (
+        ValueError,
+        "a sequence of tails must have one for each .* got 2",
+        lambda: SplineCoupling(nn.Linear(1, 12), 4, tails=["linear", "circular"])(X),
+    ),
     (ValueError, "min_bin_width", lambda: SplineCoupling(I, 4, min_bin_width=0.25)),
     (ValueError, "parametrization", lambda: SplineCoupling(I, 4, parametrization="pyro")),
     (

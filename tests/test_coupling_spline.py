@@ -322,20 +322,24 @@ BATTERY = """
     out = []
     pairs = [(d, d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
     pairs += [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+    mixed = ("linear", "circular", "circular") * 22 + ("linear",)
+    bounds = 0.5 * torch.arange(67.0) - 1
     for threads, (dtype, of_params), bins in itertools.product((1, 2), pairs, (1, 3, 8, 10, 17)):
         torch.set_num_threads(threads)
         for n, (tails, parametrization, inverse) in enumerate(itertools.product(
-            ("linear", "circular", "bounded"), ("nflows", "zuko"), (False, True)
+            ("linear", "circular", "bounded", mixed), ("nflows", "zuko"), (False, True)
         )):
             g = torch.Generator().manual_seed(bins + n)
-            p = 2 * bins + bins + {"linear": -1, "circular": 0, "bounded": 1}[tails]
+            p = 2 * bins + bins + {"linear": -1, "circular": 0, "bounded": 1, mixed: 0}[tails]
+            bound = bounds.double() if dtype == torch.float64 else bounds
             x = (torch.randn(3, 67, generator=g) * 2).to(dtype)
             x[0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.0, -3.0, 1e-40])
             params = (torch.randn(3, 67, p, generator=g) * (1 + 30 * (n % 2))).to(of_params)
             params[1, :3] = torch.tensor([torch.nan, 1e4, -1e30])[:, None]
             x.requires_grad_(), params.requires_grad_()
             y, logdet = spline(x, params, bins, inverse=inverse, tails=tails, parametrization=parametrization,
-                               tail_bound=3.0, logdet="sum", precision=("fast", "exact")[n % 3 == 2])
+                               tail_bound=bound if tails == mixed or n % 4 == 1 else 3.0, logdet="sum",
+                               precision=("fast", "exact")[n % 3 == 2])
             out += [y, logdet, *torch.autograd.grad((y, logdet), (x, params), (y.detach(), logdet.detach()))]
     torch.save([t.detach().masked_fill(t.isnan(), torch.nan) for t in out], sys.argv[1])
 """
@@ -813,7 +817,7 @@ T = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 def by_formula(x, params, sums=False, inverse=False):
     how = (inverse, "linear", "nflows", (-2.0, 2.0, -2.0, 2.0), (1e-3, 1e-3, 1e-3), 1.0, 1.0)
-    return reference.rational_quadratic_spline_packed(x, params, 3, *how, x.dim() - 1 if sums else -1, False)
+    return reference.rational_quadratic_spline_packed(x, params, None, 3, *how, x.dim() - 1 if sums else -1, False)
 
 
 def ours(x, params, sums=False, inverse=False):
@@ -903,6 +907,362 @@ def test_double_backward_of_float32():
         torch.testing.assert_close(u.double(), v, rtol=1e-2, atol=1e-2)
 
 
+# ---- boxes and tails by element ----
+
+FEATURES = ("linear", "circular", "circular", "linear", "circular")
+BOUNDS = (1.0, 2.5, 3.0, 0.5, 4.0)
+BY_ELEMENT = {  # tails, tail bound
+    "bounds": ("linear", BOUNDS),
+    "circular bounds": ("circular", BOUNDS),
+    "bounded bounds": ("bounded", BOUNDS),
+    "tails": (FEATURES, 3.0),
+    "both": (FEATURES, BOUNDS),
+}
+
+
+def by_element(rule, dtype=torch.float32, shape=(40, 5), bins=6, dtypes=None, sigma=1.5):
+    """x, packed parameters, and the arguments of a rule."""
+    tails, bound = BY_ELEMENT[rule]
+    x, params = sample(shape, bins, "mixed" if tails is FEATURES else tails, dtypes or (dtype, dtype), sigma, 2.5)
+    bound = torch.tensor(bound, dtype=reference.logdet_dtype(x)) if isinstance(bound, tuple) else bound
+    return x, params, {"tails": tails, "tail_bound": bound}
+
+
+def in_float64(how):
+    bound = how["tail_bound"]
+    return how | {"tail_bound": bound.double() if isinstance(bound, torch.Tensor) else bound}
+
+
+@pytest.mark.parametrize("rule", BY_ELEMENT)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_boxes_and_tails_by_element(rule, inverse, parametrization):
+    for dtypes, bins in itertools.product(DTYPES, (1, 2, 6, 8)):
+        x, params, how = by_element(rule, bins=bins, dtypes=dtypes)
+        how |= {"inverse": inverse, "parametrization": parametrization}
+        want = truth(x, params, bins, **in_float64(how))
+        for separate in (False, True):
+            got = results(x, params, bins, separate, precision="exact", **how)
+            for a, b in zip(got, want, strict=True):
+                rounding = 1e-8 if a.dtype == torch.float64 else 0.5001 * ulp(a.dtype, b) + 1e-8
+                assert bool(((a.double() - b).abs() <= rounding + 1e-8 * b.abs()).all())
+        for a, b in zip(results(x, params, bins, **how), want, strict=True):
+            error = (a.double() - b).abs() / (b.abs() + 1)
+            assert a.isfinite().all()
+            assert error.quantile(0.95) <= 2e-4 + torch.finfo(a.dtype).eps
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_tails_by_element_are_those_of_calls_apart(inverse, precision):
+    """Bit for bit; the first derivative of a feature with linear tails is not used."""
+    for dtypes, bins in itertools.product(DTYPES, (1, 5, 8)):
+        x, params, how = by_element("tails", bins=bins, dtypes=dtypes)
+        how |= {"inverse": inverse, "precision": precision}
+        y, logdet, gx, gp = results(x, params, bins, **how)
+        gy, gl = weights(y), weights(logdet)
+        for d, tails in enumerate(FEATURES):
+            used = torch.arange(3 * bins) if tails == "circular" else torch.arange(3 * bins) != 2 * bins
+            a, p = x[:, d].clone().requires_grad_(), params[:, d, used].clone().requires_grad_()
+            want = rational_quadratic_spline_packed(a, p, bins, **how | {"tails": tails})
+            assert_same(y[:, d], want[0])
+            assert_same(logdet[:, d], want[1])
+            grads = torch.autograd.grad(want, (a, p), (gy[:, d], gl[:, d]))
+            assert_same(gx[:, d], grads[0])
+            assert_same(gp[:, d, used], grads[1])
+            assert tails == "circular" or gp[:, d, 2 * bins].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_bounds_by_element_are_those_of_calls_apart(tails, inverse):
+    """Bit for bit where they are powers of two, which scale without rounding."""
+    bounds = torch.tensor([0.125, 1.0, 2.0, 8.0])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, params = sample((50, 4), 8, tails, (dtype, dtype), 1.5)
+        how = {"tails": tails, "inverse": inverse}
+        got = results(x, params, 8, tail_bound=bounds.to(reference.logdet_dtype(x)), **how)
+        gy, gl = weights(got[0]), weights(got[1])
+        for d, bound in enumerate(bounds.tolist()):
+            a, p = x[:, d].clone().requires_grad_(), params[:, d].clone().requires_grad_()
+            want = rational_quadratic_spline_packed(a, p, 8, tail_bound=bound, **how)
+            grads = torch.autograd.grad(want, (a, p), (gy[:, d], gl[:, d]))
+            for u, v in zip(got, (*want, *grads), strict=True):
+                assert_same(u[:, d], v)
+
+
+def test_where_bounds_may_lie():
+    """Any strides and any shape that broadcasts, in any order of the dimensions, summed or not: the same bits."""
+    shape = (4, 3, 6)
+    x, params = sample(shape, 5, "mixed", sigma=1.5)
+    g = torch.Generator().manual_seed(3)
+    full = torch.rand(shape, generator=g) * 3 + 0.2
+    tails = (*FEATURES, "linear")
+    for sizes in ((), (1,), (6,), (3, 1), (3, 6), (4, 1, 1), (4, 1, 6), shape):
+        bound = full[tuple(slice(n) for n in (*[1] * (3 - len(sizes)), *sizes))].reshape(sizes)
+        dense = bound.expand(shape).clone()
+        for how in ({}, {"logdet": "sum"}, {"logdet": "sum", "sum_dims": (0, 2)}, {"logdet": "sum", "sum_dims": 1}):
+            for rule in ("circular", tails):
+                want = results(x, params, 5, tails=rule, tail_bound=dense, **how)
+                strided = torch.stack([bound, bound], -1)[..., 0]
+                permuted = bound.mT.contiguous().mT if bound.dim() > 1 else bound
+                for view in (bound, strided, permuted):
+                    for a, b in zip(results(x, params, 5, tails=rule, tail_bound=view, **how), want, strict=True):
+                        assert_same(a, b)
+        moved = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        want = results(x, params, 5, tails=tails, tail_bound=bound)
+        for a, b in zip(results(moved, params, 5, tails=tails, tail_bound=bound), want, strict=True):
+            assert_same(a, b)
+
+
+def test_bounds_beside_many_dimensions():
+    """More of them than a row description holds, of the bounds alone and of all."""
+    x, params = sample([2] * 11, 2)
+    order = [10, 0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+    bound = (torch.arange(2.0**11).view([2] * 11) % 7 + 1).div(2)
+    want = results(x, params, 2, tail_bound=bound)
+    mixed_up = bound.permute(order).contiguous().permute([order.index(d) for d in range(11)])
+    assert not mixed_up.is_contiguous()
+    for a, b in zip(results(x, params, 2, tail_bound=mixed_up), want, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", [*TAILS, FEATURES], ids=str)
+def test_bounds_that_bound_nothing(tails, inverse):
+    """NaN in the whole element, gradients too, and in no other one."""
+    bad = [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 2.0**-101, 2.0**101, 1e-45]
+    for dtype, bins, x in itertools.product((torch.float32, torch.float64), (1, 2, 8), (0.3, 5.0, math.inf, math.nan)):
+        params = sample((len(bad), 5), bins, "mixed" if tails is FEATURES else tails, (dtype, dtype))[1]
+        at = torch.full((len(bad), 5), 0.3, dtype=dtype)
+        at[:, 2] = x
+        bound = torch.ones_like(at)
+        bound[:, 2] = torch.tensor(bad, dtype=dtype)
+        how = {"tails": tails, "inverse": inverse}
+        want = results(at, params, bins, tail_bound=torch.ones_like(at), **how)
+        for a, b in zip(results(at, params, bins, tail_bound=bound, **how), want, strict=True):
+            assert a[:, 2].isnan().all()
+            for d in (0, 1, 3, 4):
+                assert_same(a[:, d], b[:, d])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_scaled_boxes_stay(dtype):
+    """Bit for bit, the next number beyond too; y does not leave the box."""
+    g = torch.Generator().manual_seed(0)
+    bound = torch.exp2(torch.rand(2000, generator=g, dtype=torch.float64) * 40 - 20).to(dtype)
+    for tails, precision, inverse in itertools.product(TAILS, ("fast", "exact"), (False, True)):
+        _, params = sample((2000,), 4, tails, (dtype, dtype), 3.0)
+        how = {"tails": tails, "tail_bound": bound, "precision": precision, "inverse": inverse}
+        for end in (bound, -bound):
+            assert_same(rational_quadratic_spline_packed(end, params, 4, **how)[0], end.clone())
+            inner = end.nextafter(torch.zeros_like(end))
+            assert bool((rational_quadratic_spline_packed(inner, params, 4, **how)[0].abs() <= bound).all())
+            if tails == "bounded":
+                continue
+            y, logdet = rational_quadratic_spline_packed(end.nextafter(2 * end), params, 4, **how)
+            assert_same(y, end.nextafter(2 * end))
+            assert logdet.count_nonzero() == 0
+
+
+def test_finite_in_finite_out_of_scaled_boxes():
+    g = torch.Generator().manual_seed(0)
+    for inverse, tails, dtype in itertools.product(
+        (False, True), ("bounded", FEATURES), (torch.float32, torch.float64)
+    ):
+        for size in (1e-3, 1.0, 1e4, 1e25):
+            kind = "mixed" if tails is FEATURES else tails
+            params = (torch.randint(-1, 2, (300, 5, count(8, kind)), generator=g) * 1e4).to(dtype)
+            bound = (torch.rand(5, generator=g) + 0.5).to(dtype) * size
+            x = ((torch.rand(300, 5, generator=g) * 2.4 - 1.2) * bound).to(dtype)
+            for t in results(x, params, 8, tails=tails, tail_bound=bound, inverse=inverse):
+                assert t.isfinite().all()
+    far, bound = torch.tensor([3e38, -3e38]), torch.tensor(1e-20)  # beyond the numbers in units of the bound
+    for inverse in (False, True):
+        how = {"tails": "bounded", "tail_bound": bound, "inverse": inverse}
+        assert rational_quadratic_spline_packed(far, torch.full((2, 10), 0.5414), 3, **how)[0].isfinite().all()
+
+
+def test_bounds_have_no_gradient():
+    bound = torch.full((6,), 2.0, dtype=torch.float64)
+
+    def f(bound, x=X):
+        return rational_quadratic_spline_packed(x, PARAMS, 3, tail_bound=bound)[0].sum()
+
+    x = X.clone()
+    message = "tail_bound must not require a gradient, it has none: detach it"
+    for call in (
+        lambda: f(bound.clone().requires_grad_()),
+        lambda: grad(f)(bound),
+        lambda: jvp(f, (bound,), (bound,)),
+        lambda: hessian(f)(bound),
+        lambda: vmap(grad(f))(bound.expand(2, 6)),
+        lambda: vmap(lambda b: jvp(f, (b,), (b,)))(bound.expand(2, 6)),
+        lambda: jvp(vmap(f), (bound.expand(2, 6),), (bound.expand(2, 6),)),
+        lambda: jvp(lambda b: grad(lambda t: f(b, t))(x), (bound,), (bound,)),
+        lambda: grad(lambda b: grad(lambda t: f(b, t))(x).sum())(bound),
+        torch.compile(lambda: jvp(f, (bound,), (bound,)), backend="aot_eager"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+        f(forward_ad.make_dual(bound, bound))
+    f(bound.clone().requires_grad_().detach())
+    assert jvp(lambda t: f(bound, t), (x,), (x,))[1].isfinite()
+
+
+def test_saved_bytes_of_bounds():
+    """What is kept of bounds is what was given, not one for each element; what changes it is noticed."""
+    bound = torch.tensor(BOUNDS)
+    x, params, _ = by_element("both")
+    x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        rational_quadratic_spline_packed(x, params[..., :17], 6, tail_bound=bound)
+    assert bound.data_ptr() in {t.data_ptr() for t in saved}
+    y, _ = rational_quadratic_spline_packed(x, params[..., :17], 6, tail_bound=bound)
+    bound.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("rule", BY_ELEMENT)
+def test_gradcheck_by_element(rule, inverse):
+    tails, bound = BY_ELEMENT[rule]
+    kind = "mixed" if tails is FEATURES else tails
+    x, params = away_from_knots((2, 5), 3, kind)  # of the box [-2, 2]
+    if isinstance(bound, tuple):
+        bound = torch.tensor(bound, dtype=torch.float64)
+        x = x / 2 * bound
+    else:
+        bound = 2.0
+    how = {"tails": tails, "tail_bound": bound, "inverse": inverse}
+
+    def packed(x, params):
+        return rational_quadratic_spline_packed(x, params, 3, logdet="sum", **how)
+
+    def separate(x, params):
+        return rational_quadratic_spline(x, *split(params, 3), **how)
+
+    leaves = [t.clone().requires_grad_() for t in (x, params)]
+    for function in (packed, separate):
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def scaled(x, params, sums=False, inverse=False):
+    """`ours` with a bound that broadcasts, whatever a transform leaves of x."""
+    how = {"logdet": "sum", "sum_dims": -1} if sums else {}
+    bound = torch.tensor(1.5, dtype=x.dtype)
+    return rational_quadratic_spline_packed(x, params, 3, tail_bound=bound, inverse=inverse, **how)
+
+
+def scaled_by_formula(x, params, sums=False, inverse=False):
+    how = (inverse, "linear", "nflows", (-1.0, 1.0, -1.0, 1.0), (1e-3, 1e-3, 1e-3), 1.0, 1.0)
+    bound = torch.tensor(1.5, dtype=x.dtype).expand(x.shape)
+    return reference.rational_quadratic_spline_packed(x, params, bound, 3, *how, x.dim() - 1 if sums else -1, False)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_transforms_of_scaled_boxes(name, inverse):
+    got = TRANSFORMS[name](lambda x, p: scaled(x, p, x.dim() > 0, inverse))
+    want = TRANSFORMS[name](lambda x, p: scaled_by_formula(x, p, x.dim() > 0, inverse))
+    torch.testing.assert_close(got, want)
+
+
+def test_transforms_of_bounds():
+    """vmap over bounds, alone and beside x, with tails of their own too."""
+    x, params, how = by_element("both", torch.float64, (4, 5))
+    bounds = how["tail_bound"] * torch.tensor([[0.5], [1.0], [2.0], [3.0]], dtype=torch.float64)
+
+    def f(x, params, bound):
+        y, logdet = rational_quadratic_spline_packed(x, params, 6, tails=FEATURES, tail_bound=bound)
+        return (y.sin() + logdet.cos()).sum()
+
+    each = [f(*t) for t in zip(x, params, bounds, strict=True)]
+    torch.testing.assert_close(vmap(f)(x, params, bounds), torch.stack(each))
+    each = [f(x[0], params[0], b) for b in bounds]
+    torch.testing.assert_close(vmap(f, (None, None, 0))(x[0], params[0], bounds), torch.stack(each))
+    each = [torch.stack(grad(f)(*t).split(1)) for t in zip(x, params, bounds, strict=True)]
+    torch.testing.assert_close(vmap(grad(f))(x, params, bounds), torch.stack(each).squeeze(-1))
+    got = hessian(f)(x[0], params[0], bounds[0])
+    with pyperf_dl.backend("reference"):
+        torch.testing.assert_close(got, hessian(f)(x[0], params[0], bounds[0]))
+
+
+class FeatureLayer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bound", torch.tensor(BOUNDS))
+
+    def forward(self, x, params):
+        how = {"tails": list(FEATURES), "tail_bound": self.bound}
+        y, logdet = rational_quadratic_spline_packed(x, params, 6, logdet="sum", **how)
+        back, _ = rational_quadratic_spline(y, *split(params, 6), inverse=True, **how)
+        return y, logdet, back
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compile_by_element(requires_grad):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    layer, counter = FeatureLayer(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for n in (3, 7, 20):
+        x, params, _ = by_element("both", shape=(n, 5))
+        x.requires_grad_(requires_grad)
+        for got, want in zip(compiled(x, params), layer(x, params), strict=True):
+            assert_same(got, want)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+    inductor = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, params = (t.detach().requires_grad_() for t in by_element("both")[:2])
+    grads = [torch.autograd.grad(sum(t.sum() for t in f(x, params)), (x, params)) for f in (inductor, layer)]
+    for got, want in zip(*grads, strict=True):
+        assert_same(got, want)
+
+
+def test_export_by_element():
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    inputs, layer = by_element("both", shape=(6, 5))[:2], FeatureLayer()
+    exported = torch.export.export(layer, inputs, dynamic_shapes={"x": {0: batch}, "params": {0: batch}})
+    table = torch.export.default_decompositions()
+    table.update(pyperf_dl.decompositions())
+    plain = exported.run_decompositions(table)
+    assert "pyperf_dl" not in str(plain.graph)
+    other = by_element("both", shape=(33, 5))[:2]
+    for got, decomposed, want in zip(exported.module()(*other), plain.module()(*other), layer(*other), strict=True):
+        assert_same(got, want)
+        torch.testing.assert_close(decomposed, want, rtol=1e-4, atol=1e-4)
+
+
+# ---- slopes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_the_largest_slopes_can_be_inverted(dtype, precision):
+    """In the first bin, where x is as small as it must be: the inverse and its log-det undo the forward."""
+    limit = reference.LARGEST_SLOPE[torch.float64 if precision == "exact" else dtype]
+    y = torch.linspace(0.0025, 0.1225, 500, dtype=dtype)  # the bin ends at 0.25
+    how = {"tails": "bounded", "bounds": (0.0, 1.0, 0.0, 1.0), "precision": precision}
+    for raw in (1e10, 1e17, 1e30, 1e38):
+        params = torch.zeros(500, 3 * 4 + 1, dtype=dtype)
+        params[:, 8:] = raw
+        slope = min(params[0, 8].item(), limit)
+        x, inverse, *grads = results(y, params, 4, inverse=True, **how)
+        back, forward, *more = results(x, params, 4, **how)
+        held = precision == "fast" or dtype == torch.float64  # float32 does not hold gradients of such slopes
+        assert not any(t.isnan().any() or (held and t.isinf().any()) for t in (*grads, *more))
+        torch.testing.assert_close(inverse, -(math.log(slope) + 2 * torch.log1p(-8 * y)), rtol=1e-5, atol=1e-4)
+        if slope < 1e35:  # else x is no normal number
+            torch.testing.assert_close(back, y, rtol=1e-5, atol=0)
+            torch.testing.assert_close(forward, -inverse, rtol=1e-5, atol=1e-4)
+
+
 # ---- opcheck ----
 
 
@@ -926,16 +1286,25 @@ def operator_calls():
     ]
     for n, (forms, a, b) in enumerate(calls):
         how = statics(inverse=n % 2 == 1, sample_dims=(-1, 1)[n % 2], exact=n % 3 == 0)
-        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), 3, *how)[1].cos())
+        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), None, 3, *how)[1].cos())
         if packed in forms:
-            yield family._packed, (a, b, 3, *how)
-            yield family._packed_backward, (*grads, a, b, 3, *how)
+            yield family._packed, (a, b, None, 3, *how)
+            yield family._packed_backward, (*grads, a, b, None, 3, *how)
         if separate in forms:
-            yield family._spline, (a, *split(b, 3), *how)
-            yield family._spline_backward, (*grads, a, *split(b, 3), *how)
+            yield family._spline, (a, *split(b, 3), None, *how)
+            yield family._spline_backward, (*grads, a, *split(b, 3), None, *how)
+    bound = torch.tensor([1.0, -2.0, 3.0], dtype=x.dtype).expand(2, 3)
+    params = torch.cat([params, params[..., :1]], -1).requires_grad_()
+    for sample_dims in (-1, 1):
+        how = statics("mixed", inverse=sample_dims > 0, sample_dims=sample_dims)
+        grads = (x.sin(), family._packed(x, params.detach(), bound, 3, *how)[1].cos())
+        yield family._packed, (x, params, bound, 3, *how)
+        yield family._packed_backward, (*grads, x, params, bound, 3, *how)
+        yield family._spline, (x, *split(params, 3), bound, *how)
+        yield family._spline_backward, (*grads, x, *split(params, 3), bound, *how)
 
 
-@pytest.mark.parametrize("n", range(18))
+@pytest.mark.parametrize("n", range(26))
 def test_opcheck(n):
     operator, args = list(operator_calls())[n]
     opcheck(operator.native.op, args)
@@ -943,7 +1312,7 @@ def test_opcheck(n):
 
 def test_every_operator_is_checked():
     calls = list(operator_calls())
-    assert len(calls) == 18
+    assert len(calls) == 26
     assert {o.name for o, _ in calls} == {o.name for o in vars(family).values() if isinstance(o, type(family._packed))}
 
 
@@ -952,48 +1321,72 @@ def test_raw_operators_are_memory_safe():
     x, params = torch.randn(4), torch.randn(4, 8)
     how = statics()
     bad = [
-        ("unexpected number of parameters", lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], 3, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, 0, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, -1, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), 257, *how)),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, 3, *how)),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], 3, *how)),
-        ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], 3, *how)),
+        (
+            "bound has another shape",
+            lambda: ops.rational_quadratic_spline_packed(x, params, x[:3].abs(), 3, *how),
+        ),
+        (
+            "bound must have the dtype of log-dets",
+            lambda: ops.rational_quadratic_spline_packed(x, params, x.double(), 3, *how),
+        ),
+        (
+            "mixed tails need bounds",
+            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 9), None, 3, *statics("mixed")),
+        ),
+        (
+            "unexpected number of parameters",
+            lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], None, 3, *how),
+        ),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, 0, *how)),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, -1, *how)),
+        (
+            "bins must be in",
+            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), None, 257, *how),
+        ),
+        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, None, 3, *how)),
+        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], None, 3, *how)),
+        ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], None, 3, *how)),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=2)),
         ),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(sample_dims=-2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=-2)),
         ),
-        ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(tails="none"))),
+        ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(tails="none"))),
         (
             "parametrization must be",
-            lambda: ops.rational_quadratic_spline_packed(x, params, 3, *statics(parametrization="none")),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(parametrization="none")),
         ),
         (
             "must be float16, bfloat16, float32 or float64",
-            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), None, 3, *how),
         ),
         (
             "one dtype",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], *how),
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], None, *how),
         ),
         (
             "number of parameters",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], *how),
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], None, *how),
         ),
         (
             "grad_y has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, None, 3, *how),
         ),
         (
             "grad_logdet has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, None, 3, *how),
         ),
-        ("another dtype", lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, 3, *how)),
-        ("another dtype", lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, 3, *how)),
+        (
+            "another dtype",
+            lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, None, 3, *how),
+        ),
+        (
+            "another dtype",
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, None, 3, *how),
+        ),
     ]
     for message, call in bad:
         with pytest.raises(RuntimeError, match=message):
@@ -1143,6 +1536,18 @@ def test_dtensor_shards_samples():
             (z.sum() + m.sum()).backward()
             assert torch.equal(y.full_tensor(), z) and torch.equal(l.full_tensor(), m)
             assert torch.equal(a.grad.full_tensor(), c.grad) and torch.equal(b.grad.full_tensor(), d.grad)
+        bound, how = torch.tensor([1.0, 2.0, 0.5, 3.0]), {"tails": ["linear", "circular"] * 2, "logdet": "sum"}
+        params = torch.randn(6, 4, 12)
+        a, b = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (x, params))
+        shared = distribute_tensor(bound, mesh, [Replicate()])
+        y, l = pyperf_dl.rational_quadratic_spline_packed(a, b, 4, tail_bound=shared, **how)
+        assert y.placements == l.placements == (Shard(0),)
+        (y.sum() + l.sum()).backward()
+        c, d = (t.clone().requires_grad_() for t in (x, params))
+        z, m = pyperf_dl.rational_quadratic_spline_packed(c, d, 4, tail_bound=bound, **how)
+        (z.sum() + m.sum()).backward()
+        assert torch.equal(y.full_tensor(), z) and torch.equal(l.full_tensor(), m)
+        assert torch.equal(a.grad.full_tensor(), c.grad) and torch.equal(b.grad.full_tensor(), d.grad)
         dist.destroy_process_group()
         print("sharded")
     """
@@ -1279,11 +1684,73 @@ BAD = [
     (ValueError, "tail_bound must be finite, got inf", lambda f: f(tail_bound=math.inf)),
     (ValueError, r"tail_bound must be 0 or of a size in \[1e-30, 1e30\], got 1e\+39", lambda f: f(tail_bound=1e39)),
     (ValueError, r"logit_scale must be 0 or of a size in \[1e-30, 1e30\]", lambda f: f(logit_scale=1e-45)),
-    (TypeError, "tail_bound must be a number, got a tensor torch.float32", lambda f: f(tail_bound=torch.tensor(1.0))),
+    (
+        TypeError,
+        "tail_bound must have the dtype of x or of log-dets, torch.float32, got torch.float64",
+        lambda f: f(tail_bound=torch.ones(5, dtype=torch.float64)),
+    ),
+    (
+        TypeError,
+        "tail_bound must have one of the dtypes .* got torch.int64",
+        lambda f: f(tail_bound=torch.ones(5).long()),
+    ),
+    (TypeError, "tail_bound must be a dense tensor, got torch.sparse_coo", lambda f: f(tail_bound=ZEROS.to_sparse())),
+    (
+        ValueError,
+        "tail_bound must be on x's device cpu, got meta",
+        lambda f: f(tail_bound=torch.ones(5, device="meta")),
+    ),
+    (
+        ValueError,
+        r"tail_bound must be a number or broadcast to the shape of x, got \[4\] for x \[2, 5\]",
+        lambda f: f(tail_bound=torch.ones(4)),
+    ),
+    (
+        ValueError,
+        r"tail_bound must be a number or broadcast to the shape of x, got \[1, 2, 5\] for x \[2, 5\]",
+        lambda f: f(tail_bound=torch.ones(1, 2, 5)),
+    ),
+    (
+        ValueError,
+        "tail_bound must not require a gradient, it has none: detach it",
+        lambda f: f(tail_bound=torch.ones(5, requires_grad=True)),
+    ),
+    (
+        ValueError,
+        "tail_bound must be a number beside bounds, got a tensor",
+        lambda f: f(tail_bound=torch.ones(5), bounds=(0.0, 1.0, 0.0, 1.0)),
+    ),
+    (TypeError, r"tail_bound must be a number, got \[1.0\]", lambda f: f(tail_bound=[1.0])),
+    (
+        ValueError,
+        "each of tails must be one of 'linear', 'circular', got 'bounded'",
+        lambda f: f(tails=["linear"] * 4 + ["bounded"], params=torch.zeros(2, 5, 12)),
+    ),
+    (TypeError, "each of tails must be one of 'linear', 'circular', got 1", lambda f: f(tails=[1] * 5)),
+    (
+        ValueError,
+        r"a sequence of tails must have one for each element of x's last dimension, got 4 for x \[2, 5\]",
+        lambda f: f(tails=["linear"] * 4, params=torch.zeros(2, 5, 12)),
+    ),
+    (
+        ValueError,
+        r"a sequence of tails must have one for each .*, got 1 for x \[\]",
+        lambda f: f(torch.tensor(0.5), torch.zeros(12), tails=["linear"]),
+    ),
+    (
+        ValueError,
+        "a sequence of tails with K = 4 bins needs K = 4 derivatives an element .12 parameters in all., got 3",
+        lambda f: f(tails=["linear"] * 5),
+    ),
+    (
+        ValueError,
+        "bounds must be the same along x and y with mixed tails",
+        lambda f: f(tails=["linear"] * 5, params=torch.zeros(2, 5, 12), bounds=(0.0, 1.0, 0.0, 2.0)),
+    ),
     (TypeError, "tail_bound must be a number, got True", lambda f: f(tail_bound=True)),
     (ValueError, r"bounds must be \(left, right, bottom, top\), got", lambda f: f(bounds=(0.0, 1.0))),
     (ValueError, "bounds must have left < right and bottom < top", lambda f: f(bounds=(1.0, 0.0, 0.0, 1.0))),
-    (ValueError, "bounds must be the same along x and y with tails='linear'", lambda f: f(bounds=(0.0, 1.0, 0.0, 2.0))),
+    (ValueError, "bounds must be the same along x and y with linear tails", lambda f: f(bounds=(0.0, 1.0, 0.0, 2.0))),
     (ValueError, "min_bin_width must be >= 0, got -0.1", lambda f: f(min_bin_width=-0.1)),
     (ValueError, r"min_bin_width \* K must be < 1 to fit the box, got 0.25 \* 4", lambda f: f(min_bin_width=0.25)),
     (ValueError, r"min_bin_height \* K must be < 1", lambda f: f(min_bin_height=1)),

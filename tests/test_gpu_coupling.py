@@ -31,7 +31,7 @@ def problem(bins, tails="linear", shape=(64, 33), dtype=torch.float32, parameter
 def forward_and_backward(x, params, bins, **options):
     """y, log-det and both gradients, for gradients that do not depend on the device."""
     x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
-    y, logdet = rational_quadratic_spline_packed(x, params, bins, tail_bound=3.0, **options)
+    y, logdet = rational_quadratic_spline_packed(x, params, bins, **{"tail_bound": 3.0, **options})
     grads = (drawn(*t.shape, dtype=t.dtype, seed=2 + k, device=t.device) for k, t in enumerate((y, logdet)))
     return [t.detach() for t in (y, logdet, *torch.autograd.grad((y, logdet), (x, params), tuple(grads)))]
 
@@ -56,6 +56,23 @@ def test_bits_of_the_cpu(bins, tails, inverse):
         options = {"inverse": inverse, "tails": tails, "precision": precision, "parametrization": parametrization}
         got = forward_and_backward(x, params, bins, **options)
         want = forward_and_backward(x.cpu(), params.cpu(), bins, **options)
+        for g, w in zip(got, want, strict=True):
+            assert g.is_cuda
+            assert torch.equal(g.cpu(), w)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("bins", BINS)
+def test_bits_of_the_cpu_by_element(bins, dtype, inverse):
+    rules = (*DERIVATIVES, ["linear", "circular", "circular"] * 11)
+    for tails, precision in itertools.product(rules, ("fast", "exact")):
+        x, params = problem(bins, tails if isinstance(tails, str) else "circular", (5, 33), dtype)
+        bound = (torch.arange(33, device=x.device) % 5 + 1) / 2
+        bound = bound.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        options = {"inverse": inverse, "tails": tails, "precision": precision}
+        got = forward_and_backward(x, params, bins, tail_bound=bound, **options)
+        want = forward_and_backward(x.cpu(), params.cpu(), bins, tail_bound=bound.cpu(), **options)
         for g, w in zip(got, want, strict=True):
             assert g.is_cuda
             assert torch.equal(g.cpu(), w)

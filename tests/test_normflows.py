@@ -73,6 +73,10 @@ RULES = {  # tails, tail bound, derivatives beyond the number of bins
     "by feature": (LIST, 2.0, 1),
     "bounds by feature": ("linear", torch.tensor([1.0, 2.0, 3.0, 0.5]), -1),
     "both by feature": (LIST, torch.tensor([1.0, 2.0, 3.0, 0.5]), 1),
+    "circular bounds": ("circular", torch.tensor([[1.0], [2.0]]).expand(2, 1000).reshape(2000, 1), 0),
+    "K derivatives": ("linear", 2.0, 0),
+    "K + 1 derivatives": ("linear", 2.0, 1),
+    "K + 1 derivatives, bounds by feature": ("linear", torch.tensor([1.0, 2.0, 3.0, 0.5]), 1),
 }
 
 
@@ -138,6 +142,17 @@ FLOWS = {  # and the calls in one direction
     ),
     "autoregressive": (lambda: vectors(nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 16)), 1),
     "circular coupling": (lambda: vectors(nf.flows.CircularCoupledRationalQuadraticSpline(4, 1, 16, [0, 1])), 2),
+    "circular coupling, bounds by feature": (
+        lambda: vectors(
+            *(
+                nf.flows.CircularCoupledRationalQuadraticSpline(
+                    4, 1, 16, [0, 1], tail_bound=torch.tensor([3.0, 2.0, 4.0, 2.5]), reverse_mask=b
+                )
+                for b in (True, False)
+            )
+        ),
+        4,
+    ),
     "circular autoregressive": (
         lambda: vectors(nf.flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 16, [1, 2])),
         1,
@@ -224,6 +239,22 @@ def test_outside_the_domain():
     torch.testing.assert_close(inverse, -logabsdet)
 
 
+def test_tails_by_feature_are_one_call():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func.namespace == "pyperf_dl"
+            return func(*args, **kwargs or {})
+
+    params = [torch.randn(5, 4, k) for k in (8, 8, 9)]
+    with normflows.enable(), Calls() as calls:
+        unconstrained(torch.randn(5, 4), *params, tails=LIST, tail_bound=torch.tensor([1.0, 2.0, 3.0, 0.5]))
+    assert calls.seen == 1
+
+
 def test_nothing_is_read_from_the_device():
     params = [torch.empty(5, 4, k, device="meta") for k in (8, 8, 9)]
     x, bound = torch.empty(5, 4, device="meta"), torch.empty(4, device="meta")
@@ -269,6 +300,8 @@ def couple(param_map, z2=None, **how):
         (lambda: some(tail_bound="2"), "arguments"),
         (lambda: some(tail_bound=torch.tensor([1, 1, 1, 2])), "dtype"),
         (lambda: some(tail_bound=torch.ones(5)), "shape"),
+        (lambda: some(tail_bound=torch.ones(4, requires_grad=True)), "bounds with a gradient"),
+        (lambda: some(derivatives=8, min_derivative=1.0), "smallest sizes"),
         (lambda: some(tails=["linear"] * 4), "number of derivatives"),
         (lambda: some(tails=["linear"] * 3, derivatives=9), "shape"),
         (lambda: some(tails=["linear", "cubic"] * 2, derivatives=9), "arguments"),

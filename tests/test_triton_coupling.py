@@ -81,7 +81,7 @@ def check_spline(launcher, x, parameters, statics, ulps=64):
     """Packed where there is one parameter tensor, followed by the number of bins."""
     name = "rational_quadratic_spline" + ("" if len(parameters) == 3 else "_packed")
     tensors = [t for t in parameters if isinstance(t, torch.Tensor)]
-    arguments = [*parameters[len(tensors) :], *statics]
+    arguments = [None, *parameters[len(tensors) :], *statics]
     y, logdet = getattr(launcher, name)(*on_device((x, *tensors)), *arguments)
     assert y.dtype == x.dtype
     assert logdet.dtype == reference.logdet_dtype(x)
@@ -101,16 +101,16 @@ def check_spline(launcher, x, parameters, statics, ulps=64):
 
 def reference_gradients(x, packed, bins, statics):
     """Gradients of y and log-det, and by the reference in float64 those of the inputs."""
-    results = reference.rational_quadratic_spline_packed(x, packed, bins, *statics)
+    results = reference.rational_quadratic_spline_packed(x, packed, None, bins, *statics)
     grads = [numbers(*t.shape, seed=5 + i).to(t.dtype) for i, t in enumerate(results)]
-    wanted = reference.rational_quadratic_spline_packed_backward(*wide((*grads, x, packed)), bins, *statics)
+    wanted = reference.rational_quadratic_spline_packed_backward(*wide((*grads, x, packed)), None, bins, *statics)
     return grads, wanted
 
 
 def spline_gradients(launcher, x, packed, bins, statics):
     """(by Triton, by the reference in float64)"""
     grads, wanted = reference_gradients(x, packed, bins, statics)
-    got = launcher.rational_quadratic_spline_packed_backward(*on_device((*grads, x, packed)), bins, *statics)
+    got = launcher.rational_quadratic_spline_packed_backward(*on_device((*grads, x, packed)), None, bins, *statics)
     assert [t.dtype for t in got] == [x.dtype, packed.dtype]
     return got, wanted
 
@@ -142,8 +142,8 @@ def test_gradients_of_the_spline(launcher, bins):
 def test_gradients_of_separate_parameters(launcher):
     x, packed, grad = (numbers(3, 11, *p, seed=len(p), dtype=torch.float64) for p in ((), (14,), ()))
     parts = packed.split((5, 5, 4), -1)
-    got = launcher.rational_quadratic_spline_backward(*on_device((grad, grad, x, *parts)), *spline_statics())
-    wanted = reference.rational_quadratic_spline_backward(grad, grad, x, *parts, *spline_statics())
+    got = launcher.rational_quadratic_spline_backward(*on_device((grad, grad, x, *parts)), None, *spline_statics())
+    wanted = reference.rational_quadratic_spline_backward(grad, grad, x, *parts, None, *spline_statics())
     for a, b in zip(got, wanted, strict=True):
         assert_within(a, b, 1e-10 * (1 + b.abs().amax()))
 
@@ -227,7 +227,9 @@ def test_huge_parameters(launcher, kind, size):
 def test_slopes_beyond_the_largest(launcher, inverse):
     x = torch.linspace(-3, 3, 41)
     packed = numbers(41, 14, seed=2) * torch.tensor([1.0] * 10 + [3e38] * 4)
-    results = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), 5, *spline_statics("nflows", inverse))
+    results = launcher.rational_quadratic_spline_packed(
+        *on_device((x, packed)), None, 5, *spline_statics("nflows", inverse)
+    )
     gradients, _ = spline_gradients(launcher, x, packed, 5, spline_statics("nflows", inverse))
     for t in (*results, *gradients):
         assert t.isfinite().all()
@@ -237,10 +239,10 @@ def test_slopes_beyond_the_largest(launcher, inverse):
 def test_nan_stays_in_its_element(launcher, kind):
     x, packed = numbers(1, 30).clamp(-2, 2), numbers(1, 30, 14, seed=1)
     statics = spline_statics(*kind)
-    clean = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), 5, *statics)
+    clean = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, 5, *statics)
     packed[0, 3, 2] = packed[0, 11, 7] = torch.nan
     x[0, 20] = torch.nan
-    touched = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), 5, *statics)
+    touched = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, 5, *statics)
     others = [i for i in range(30) if i not in (3, 11, 20)]
     for a, b in zip(clean, touched, strict=True):
         assert torch.equal(a[0, others], b[0, others])
@@ -252,10 +254,10 @@ def test_round_trip(launcher, kind):
     x, packed = numbers(3, 40, dtype=torch.float64, size=2), numbers(3, 40, 23, seed=1, dtype=torch.float64)
     there, back = (spline_statics(kind[0], inverse, box=(-3.0, 3.0, -3.0, 3.0)) for inverse in (False, True))
     tensors = on_device((x, packed))
-    y, logdet = launcher.rational_quadratic_spline_packed(*tensors, 8, *there)
-    again, inverse_logdet = launcher.rational_quadratic_spline_packed(y, tensors[1], 8, *back)
+    y, logdet = launcher.rational_quadratic_spline_packed(*tensors, None, 8, *there)
+    again, inverse_logdet = launcher.rational_quadratic_spline_packed(y, tensors[1], None, 8, *back)
     # The inverse divides what rounding did to y by the slope; the log-dets differ by as much times their derivative.
-    lean = differentiated(reference.rational_quadratic_spline_packed, (x, packed), (8, *there))[2]
+    lean = differentiated(reference.rational_quadratic_spline_packed, (x, packed), (None, 8, *there))[2]
     moved = 64 * ULP[torch.float64] * (1 + (-logdet).exp().cpu())
     assert_within(again, x, moved * 3)
     assert_within(inverse_logdet, -logdet, moved * 3 * (1 + lean.abs()))
@@ -307,7 +309,7 @@ def test_layouts_of_splines(small_programs, launcher, layout):
                 assert_within(a, b, 1e-10 * (1 + b.abs().amax()))
                 assert a.stride() == expected_layout(like)
         else:
-            grads = launcher.rational_quadratic_spline_packed_backward(y, logdet, x, packed, 5, *statics)
+            grads = launcher.rational_quadratic_spline_packed_backward(y, logdet, x, packed, None, 5, *statics)
             assert [g.shape for g in grads] == [x.shape, packed.shape]
 
 
@@ -465,23 +467,26 @@ def test_affine_layouts(small_programs, launcher):
 
 
 @pytest.mark.parametrize(
-    ("tails", "bins", "exact", "said"),
+    ("tails", "bound", "bins", "exact", "said"),
     [
-        ("circular", 5, False, "tails='circular'"),
-        ("bounded", 5, False, "tails='bounded'"),
-        ("linear", 5, True, "precision='exact'"),
-        ("linear", 65, False, "more than 64 bins"),
+        ("circular", None, 5, False, "tails='circular'"),
+        ("bounded", None, 5, False, "tails='bounded'"),
+        ("linear", 2.0, 5, False, "a tensor for tail_bound"),
+        ("mixed", -1.5, 5, False, "a list of tails"),
+        ("linear", None, 5, True, "precision='exact'"),
+        ("linear", None, 65, False, "more than 64 bins"),
     ],
 )
-def test_what_is_not_covered_runs_the_reference(launcher, tails, bins, exact, said):
+def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, bins, exact, said):
     launcher._warn_uncovered.cache_clear()
     x = numbers(2, 9).to(DEVICE)
     packed = numbers(2, 9, 2 * bins + reference.derivative_count(bins, tails), seed=1).to(DEVICE)
+    bound = None if bound is None else torch.full_like(x, bound)
     inverse, _, *statics = spline_statics(exact=exact)
     name = "rational_quadratic_spline_packed"
     calls = {name: (x, packed), f"{name}_backward": (x, x, x, packed)}
     for name, tensors in calls.items():
-        arguments = (*tensors, bins, inverse, tails, *statics)
+        arguments = (*tensors, bound, bins, inverse, tails, *statics)
         with pytest.warns(UserWarning, match="runs the reference") as caught:
             got = getattr(launcher, name)(*arguments)
         assert said in str(caught[0].message)
@@ -493,19 +498,19 @@ def test_what_is_not_covered_runs_the_reference(launcher, tails, bins, exact, sa
             assert torch.equal(a, b)
     parts = packed.split((bins, bins, packed.shape[-1] - 2 * bins), -1)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline(x, *parts, inverse, tails, *statics)
+        launcher.rational_quadratic_spline(x, *parts, bound, inverse, tails, *statics)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline_backward(x, x, x, *parts, inverse, tails, *statics)
+        launcher.rational_quadratic_spline_backward(x, x, x, *parts, bound, inverse, tails, *statics)
 
 
 def test_shapes_that_do_not_belong_together_raise(launcher):
     x, packed = numbers(2, 9).to(DEVICE), numbers(2, 9, 14).to(DEVICE)
     with pytest.raises(ValueError, match=r"derivatives must have shape \[2, 9, 4\], got \[2, 9, 3\]"):
-        launcher.rational_quadratic_spline_packed(x, packed[..., 1:], 5, *spline_statics())
+        launcher.rational_quadratic_spline_packed(x, packed[..., 1:], None, 5, *spline_statics())
     with pytest.raises(ValueError, match=r"widths must have shape \[2, 9, 5\], got \[2, 8, 5\]"):
-        launcher.rational_quadratic_spline_packed(x, packed[:, 1:], 5, *spline_statics())
+        launcher.rational_quadratic_spline_packed(x, packed[:, 1:], None, 5, *spline_statics())
     with pytest.raises(ValueError, match=r"grad_logdet must have shape \[2\], got \[2, 9\]"):
-        launcher.rational_quadratic_spline_packed_backward(x, x, x, packed, 5, *spline_statics(sample_dims=1))
+        launcher.rational_quadratic_spline_packed_backward(x, x, x, packed, None, 5, *spline_statics(sample_dims=1))
     with pytest.raises(ValueError, match=r"shift must have shape \[2, 9\], got \[9\]"):
         launcher.affine_coupling(x, x, x[0], False, "exp", 0.0, False, 1)
     with pytest.raises(ValueError, match=r"grad_y must have shape \[2, 9\], got \[1, 9\]"):
@@ -548,12 +553,12 @@ def test_opcheck(sample_dims):
     x, packed = numbers(2, 3, 2), numbers(2, 14, 3, 2, seed=1).movedim(1, -1)
     x, packed = (t.requires_grad_() for t in on_device((x.transpose(0, 1), packed.transpose(0, 1))))
     statics = spline_statics(sample_dims=sample_dims)
-    grads = [torch.ones_like(t) for t in reference.rational_quadratic_spline_packed(x, packed, 5, *statics)]
+    grads = [torch.ones_like(t) for t in reference.rational_quadratic_spline_packed(x, packed, None, 5, *statics)]
     if sample_dims < 0:
-        forward, backward, arguments = family._packed, family._packed_backward, (x, packed, 5)
+        forward, backward, arguments = family._packed, family._packed_backward, (x, packed, None, 5)
     else:
         parts = [t.detach().clone().requires_grad_() for t in packed.split((5, 5, 4), -1)]
-        forward, backward, arguments = family._spline, family._spline_backward, (x, *parts)
+        forward, backward, arguments = family._spline, family._spline_backward, (x, *parts, None)
     torch.library.opcheck(forward.triton.op, (*arguments, *statics))
     torch.library.opcheck(backward.triton.op, (*grads, *arguments, *statics))
 
@@ -598,8 +603,8 @@ def _compile_for(target):
         packed = torch.zeros(4, 3 * bins - 1, 6, 10, dtype=dtype).movedim(1, -1)
         statics = spline_statics(parametrization, inverse, sample_dims)
         given = x.double() if dtype == torch.float64 else x
-        y, logdet = launcher.rational_quadratic_spline_packed(given, packed, bins, *statics)
-        launcher.rational_quadratic_spline_packed_backward(y, logdet, given, packed, bins, *statics)
+        y, logdet = launcher.rational_quadratic_spline_packed(given, packed, None, bins, *statics)
+        launcher.rational_quadratic_spline_packed_backward(y, logdet, given, packed, None, bins, *statics)
     for i, activation in enumerate(reference.ACTIVATIONS):
         given = x.to((torch.float16, torch.float32, torch.float64)[i % 3])
         how = (i % 2 == 0, activation, 1.0, i % 4 < 2, i % 4 - 1)

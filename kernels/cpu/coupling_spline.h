@@ -12,11 +12,11 @@ struct SplineScratch {
   int64_t bins, parameters;
   R* raw;                           // [parameters, L], replaced by their gradients
   typename M::V *widths, *heights;  // [bins]: exponentials
-  R *x, *grad_y, *y;                // [L]
+  R *x, *bound, *grad_y, *y;        // [L]
   R* logdet;                        // [SampleUnits::kElements + L], of a unit; or the gradients
 
   static int64_t bytes(int64_t bins, int64_t parameters) {
-    return int64_t(sizeof(R)) * ((parameters + 2 * bins + 3 + 1) * L + SampleUnits::kElements);
+    return int64_t(sizeof(R)) * ((parameters + 2 * bins + 4 + 1) * L + SampleUnits::kElements);
   }
   SplineScratch(int64_t bins, int64_t parameters, void* memory) : bins(bins), parameters(parameters) {
     R* p = static_cast<R*>(memory);
@@ -24,6 +24,7 @@ struct SplineScratch {
     heights = reinterpret_cast<typename M::V*>(p), p += bins * L;
     raw = p, p += parameters * L;
     x = p, p += L;
+    bound = p, p += L;
     grad_y = p, p += L;
     y = p, p += L;
     logdet = p;
@@ -43,9 +44,10 @@ __attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const 
   const auto derivatives = [=](int64_t j) __attribute__((always_inline)) { return M::load(raw + (2 * bins + j) * L); };
   math::SplinePoint<M> point;
   const V x = M::load(scratch.x);
-  math::spline_locate<M, 0>(c, x, widths, heights, derivatives, scratch.widths, scratch.heights, point);
+  const V bound = c.scaled ? M::load(scratch.bound) : V{};
+  math::spline_locate<M, 0, true>(c, x, bound, widths, heights, derivatives, scratch.widths, scratch.heights, point);
   if constexpr (kBackward) {
-    const V gradient = math::spline_gradients<M, 0>(
+    const V gradient = math::spline_gradients<M, 0, true>(
         c, point, M::load(scratch.grad_y), M::load(logdet), widths, heights, scratch.widths, scratch.heights,
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + j * L, g); },
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + (bins + j) * L, g); },
@@ -53,7 +55,7 @@ __attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const 
     M::store(scratch.y, gradient);
   } else {
     V y, l;
-    math::spline_value<M>(c, point, x, y, l);
+    math::spline_value<M, true>(c, point, x, y, l);
     M::store(scratch.y, y);
     M::store(logdet, l);
   }
@@ -96,6 +98,22 @@ struct SplineStorage {
   }
 };
 
+// Bounds of the elements first, first + 1, ...; lanes behind the n-th repeat it.
+template <class R>
+void load_bounds(const coupling::SplineElements& e, int64_t first, int64_t n, R* out) {
+  const coupling::SplineBounds& bounds = e.bounds;
+  int64_t row = first / bounds.n, within = first - row * bounds.n, start[1];
+  bounds.rows.offsets(row, start);
+  for (int64_t i = 0; i < SplineScratch<R>::L; ++i) {
+    const int64_t at = start[0] + within * bounds.stride;
+    out[i] = e.logdet_type == Storage::f64 ? R(static_cast<const double*>(bounds.data)[at])
+                                           : R(static_cast<const float*>(bounds.data)[at]);
+    if (i >= n - 1 || ++within < bounds.n) continue;
+    within = 0;
+    bounds.rows.offsets(++row, start);
+  }
+}
+
 // Elements [begin, end), a unit of samples.
 template <class R, bool kBackward>
 void spline_unit(const coupling::SplineElements& e, const coupling::Spline<R>& c, const SplineStorage<R>& storage,
@@ -136,6 +154,7 @@ void spline_unit(const coupling::SplineElements& e, const coupling::Spline<R>& c
       const int64_t n = std::min(L, stop - j);
       R* const logdet = scratch.logdet + (i - begin) + (j - first);
       storage.load_input(at(kInput, j), e.stride[kInput], n, scratch.x);
+      if (c.scaled) load_bounds(e, i + (j - first), n, scratch.bound);
       parameters(kWidths, e.packed, [&](int k, int64_t before, int64_t count) {
         storage.load_raw(at(k, j), e.stride[k], e.parameter_stride[k], count, n, scratch.raw + before * L);
         if (e.parameter_stride[k] == 1 && j + (kAhead + 1) * L <= stop)  // a block takes longer than loads may wait

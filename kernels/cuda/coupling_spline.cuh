@@ -259,15 +259,16 @@ PYPERF_DEVICE void element_offsets(const SplineElements& e, bool linear, int64_t
 }
 
 // Blocks that a multiprocessor is to hold: as many as registers allow without spilling.
-constexpr int spline_blocks(int bins, size_t real_bytes) {
+constexpr int spline_blocks(int bins, size_t real_bytes, bool scaled) {
+  if (scaled) return spline_blocks(bins, real_bytes, false) - 1;
   if (bins == 0) return real_bytes == 8 ? 5 : 8;
   if (bins <= 8) return 7;
   if (bins <= 10) return 6;
   return bins <= 16 ? 5 : 3;
 }
 
-template <bool kBackward, int kBins, class R, class Row>
-__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)))
+template <bool kBackward, int kBins, bool kScaled, class R, class Row>
+__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R), kScaled))
     spline_kernel(SplineElements e, Spline<R> c, SplinePlan s, double* partials) {
   using M = ScalarMachine<R>;
   using cuda::RowCopy;
@@ -314,6 +315,7 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         cuda::move_part<false>(s.load[k], rows_at, s.pitch, part_data(s.load[k], kWidths + k, first),
                                offsets_of(s.load[k]), rows);
       const R x = load_as<R>(e.data[kInput], offsets[kInput], e.type);
+      const R bound = kScaled ? load_as<R>(e.bounds.data, e.bounds.offset(i), e.logdet_type) : R(0);
       R grad_y = 0, grad_logdet = 0;
       if constexpr (kBackward) {
         grad_y = load_as<R>(e.data[kGradOutput], offsets[kGradOutput], e.type);
@@ -327,17 +329,17 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         const RowReader<Row> widths{row, 0}, heights{row, bins}, derivatives{row, 2 * bins};
         Exponentials<R, kBins> exponentials(s, bins);
         math::SplinePoint<M> point;
-        math::spline_locate<M, kBins>(c, x, widths, heights, derivatives, exponentials.widths(), exponentials.heights(),
-                                      point);
+        math::spline_locate<M, kBins, kScaled>(c, x, bound, widths, heights, derivatives, exponentials.widths(),
+                                               exponentials.heights(), point);
         if constexpr (kBackward) {
           asm volatile("" ::: "memory");  // else registers keep parameters, which only one parametrization reads again
-          const R grad_x = math::spline_gradients<M, kBins>(
+          const R grad_x = math::spline_gradients<M, kBins, kScaled>(
               c, point, grad_y, grad_logdet, widths, heights, exponentials.widths(), exponentials.heights(),
               RowWriter<Row>{row, 0}, RowWriter<Row>{row, bins}, RowWriter<Row>{row, 2 * bins});
           store_as<R>(e.data[kResult], offsets[kResult], e.type, grad_x);
         } else {
           R y, logdet;
-          math::spline_value<M>(c, point, x, y, logdet);
+          math::spline_value<M, kScaled>(c, point, x, y, logdet);
           store_as<R>(e.data[kResult], offsets[kResult], e.type, y);
           if (e.summed)
             sum += double(logdet);
@@ -375,8 +377,9 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
 template <bool kBackward, int kBins, class R, class Row>
 cudaError_t launch_spline(const SplineElements& e, const Spline<R>& c, const SplinePlan& s, double* partials,
                           cudaStream_t stream) {
-  return cuda::launch(spline_kernel<kBackward, kBins, R, Row>, s.units, s.threads, s.shared_bytes, stream, e, c, s,
-                      partials);
+  const auto kernel =
+      c.scaled ? spline_kernel<kBackward, kBins, true, R, Row> : spline_kernel<kBackward, kBins, false, R, Row>;
+  return cuda::launch(kernel, s.units, s.threads, s.shared_bytes, stream, e, c, s, partials);
 }
 
 template <bool kBackward, class Row>

@@ -8,15 +8,18 @@
 
 namespace pyperf::coupling {
 
-enum class Tails : int { linear, circular, bounded };
+enum class Tails : int { linear, circular, bounded, mixed };  // mixed: linear or circular, by element
 
-// A rational-quadratic spline from [left, right] onto [bottom, top], in the precision R of the arithmetic.
+// A rational-quadratic spline from [left, right] onto [bottom, top], in the precision R of the arithmetic. With
+// `scaled` each element has a bound: its box is that times its bound; mixed tails are circular where the bound is
+// negative.
 template <class R>
 struct Spline {
   int bins;
   Tails tails;
   bool inverse;
   bool exponential;  // zuko's parameters: soft-clipped logits, exponential slopes; else nflows': softplus slopes
+  bool scaled;
   R left, right, bottom, top;
   R least_width, width_room;  // a bin: least + room * its share of the softmax
   R least_height, height_room;
@@ -24,24 +27,26 @@ struct Spline {
   R logit_scale;
   R curve, inverse_curve;  // sharpness of the softplus, or where soft clipping bends
 
-  int derivatives() const { return bins + (tails == Tails::linear ? -1 : tails == Tails::circular ? 0 : 1); }
+  PYPERF_HD int extra_derivatives() const { return tails == Tails::linear ? -1 : tails == Tails::bounded ? 1 : 0; }
+  PYPERF_HD int derivatives() const { return bins + extra_derivatives(); }
 };
 
 // `inverse_curve` etc. from the arguments of the operator; box: left, right, bottom, top; least: width, height, slope.
 template <class R>
-Spline<R> make_spline(int bins, Tails tails, bool inverse, bool exponential, const double (&box)[4],
+Spline<R> make_spline(int bins, Tails tails, bool inverse, bool exponential, bool scaled, const double (&box)[4],
                       const double (&least)[3], double logit_scale, double curve) {
   Spline<R> s{};
   s.bins = bins;
   s.tails = tails;
   s.inverse = inverse;
   s.exponential = exponential;
+  s.scaled = scaled;
   s.left = R(box[0]), s.right = R(box[1]), s.bottom = R(box[2]), s.top = R(box[3]);
   const double width = box[1] - box[0], height = box[3] - box[2];
   s.least_width = R(width * least[0]), s.width_room = R(width * (1 - least[0] * bins));
   s.least_height = R(height * least[1]), s.height_room = R(height * (1 - least[1] * bins));
   s.least_slope = R(least[2]);
-  s.largest_slope = sizeof(R) == 4 ? R(1e30) : R(1e300);  // sums of it fit, whatever it is multiplied with
+  s.largest_slope = sizeof(R) == 4 ? R(1e18) : R(1e150);  // its square fits
   s.logit_scale = R(logit_scale);
   s.curve = R(curve), s.inverse_curve = R(1 / curve);
   return s;
@@ -63,6 +68,20 @@ enum SplineOperand {
   kSplineOperands
 };
 
+// The bounds of elements, log-det numbers: shared by many, so that they are walked apart from the operands, in the same
+// order.
+struct SplineBounds {
+  StridedRows<1> rows;
+  int64_t n, stride;
+  const void* data;  // null: none
+
+  PYPERF_HD int64_t offset(int64_t i) const {
+    int64_t row[1];
+    rows.offsets(i / n, row);
+    return row[0] + i % n * stride;
+  }
+};
+
 // Element i: operand k is at data[k] + (rows.offsets(i / n)[k] + i % n * stride[k]) elements. Parameters j of it are
 // apart by parameter_stride. Operands that a call does not have are null.
 struct SplineElements {
@@ -76,6 +95,7 @@ struct SplineElements {
   bool summed;                // the log-det is one number for each sample, contiguous; else one of the operands
   int64_t samples, sample_size;
   void* sample_logdet;
+  SplineBounds bounds;
 };
 
 }  // namespace pyperf::coupling

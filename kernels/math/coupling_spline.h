@@ -39,8 +39,10 @@ struct SplinePoint {
   V d0, d1, bend0, bend1;               // slopes at its ends, and their derivatives by the raw parameters
   V s, theta, phi;                      // h / w; how far the point is from both ends: theta + phi = 1
   V below, above, top;                  // slope = s^2 above / below^2, y = y_edge + h top / below
-  V excess, edge_slope;                 // beyond the box, along x; the slope at the nearer corner
+  V excess, edge_slope;                 // beyond the box, along x, not scaled; the slope at the nearer corner
+  V bound;                              // with its sign, where boxes are scaled; NaN where it bounds nothing
   typename M::Mask inside, last, high;  // high: beyond the upper corner
+  typename M::Mask free0, free1;        // the slopes at the bin's ends are parameters, where tails are mixed
 };
 
 // u / (1 + |u| / bend), and its derivative.
@@ -91,16 +93,24 @@ PYPERF_HD Value<M> spline_slope(const coupling::Spline<typename M::R>& c, Value<
   return M::select(large, M::of(c.largest_slope), slope);
 }
 
-// Finds the bin of x (of y, where the spline is inverted) and where in it the point lies. ew and eh are left holding
-// the exponentials.
-template <class M, int kBins, class Widths, class Heights, class Derivatives>
-PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> at, const Widths& raw_w,
+// Finds the bin of x (of y, where the spline is inverted) and where in it the point lies, in the box that is not
+// scaled. ew and eh are left holding the exponentials. bound: read where boxes are scaled.
+template <class M, int kBins, bool kScaled, class Widths, class Heights, class Derivatives>
+PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> at, Value<M> bound, const Widths& raw_w,
                              const Heights& raw_h, const Derivatives& raw_d, Value<M>* ew, Value<M>* eh,
                              SplinePoint<M>& p) {
   using R = typename M::R;
   using coupling::Tails;
+  const bool scaled = kScaled && c.scaled, mixed = kScaled && c.tails == Tails::mixed;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
+  p.bound = bound;
+  if (scaled) {
+    constexpr R kSmallest = R(0x1p-100), kLargest = R(0x1p100);
+    const auto size = mixed ? abs<M>(bound) : bound;
+    p.bound = M::select(M::at_least(size, M::of(kSmallest)) & M::at_least(M::of(kLargest), size), bound, M::of(R(NAN)));
+  }
+  const auto place = scaled ? at / abs<M>(p.bound) : at;
   const auto w_total = spline_exponentials<M, kBins>(c, raw_w, ew),
              h_total = spline_exponentials<M, kBins>(c, raw_h, eh);
   p.width.inverse_sum = one / w_total, p.height.inverse_sum = one / h_total;
@@ -113,15 +123,16 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   const R low = c.inverse ? c.bottom : c.left, high = c.inverse ? c.top : c.right;
   const R least = c.inverse ? c.least_height : c.least_width;
   const auto per_unit = c.inverse ? p.height.per_unit : p.width.per_unit;
-  p.inside = M::at_least(at, M::of(low)) & M::at_least(M::of(high), at);
-  p.high = M::less(M::of(high), at);
-  const auto t = M::select(p.inside, at, M::select(p.high, M::of(high), M::of(low)));
+  p.inside = M::at_least(place, M::of(low)) & M::at_least(M::of(high), place);
+  p.high = M::less(M::of(high), place);
+  const auto t = M::select(p.inside, place, M::select(p.high, M::of(high), M::of(low)));
 
   // The bin, while the sums run.
   const int first_knot = c.tails == Tails::linear ? -1 : 0;  // raw derivative of a bin's left end, less its number
-  const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
+  const int count = bins + c.extra_derivatives();
+  const bool closed = c.tails == Tails::circular || mixed;  // the last knot has the slope of the first
   const auto knot = [&](int i) __attribute__((always_inline)) {
-    i = i == count && c.tails == Tails::circular ? 0 : i;
+    i = i == count && closed ? 0 : i;
     return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
   };
   RunningSum<M> w_sum{zero, zero, zero, zero, zero}, h_sum = w_sum;
@@ -163,10 +174,14 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
 
   p.d0 = spline_slope<M>(c, raw0, p.bend0);
   p.d1 = spline_slope<M>(c, raw1, p.bend1);
-  if (c.tails == Tails::linear) {
-    const auto inner = M::at_least(p.k, one);
-    p.d0 = M::select(inner, p.d0, one), p.bend0 = M::select(inner, p.bend0, zero);
-    p.d1 = M::select(p.last, one, p.d1), p.bend1 = M::select(p.last, zero, p.bend1);
+  if (c.tails == Tails::linear || mixed) {
+    p.free0 = M::at_least(p.k, one), p.free1 = M::less(p.k, M::of(R(bins - 1)));
+    if (mixed) {
+      const auto circular = M::less(p.bound, zero);
+      p.free0 = p.free0 | circular, p.free1 = p.free1 | circular;
+    }
+    p.d0 = M::select(p.free0, p.d0, one), p.bend0 = M::select(p.free0, p.bend0, zero);
+    p.d1 = M::select(p.free1, p.d1, one), p.bend1 = M::select(p.free1, p.bend1, zero);
   }
 
   p.s = p.h / p.w;
@@ -191,12 +206,12 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.below = M::fma(p.s, theta2 + phi2, (p.d0 + p.d1) * q);
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
-  p.excess = at - t;
+  p.excess = scaled ? M::fma(-t, abs<M>(p.bound), at) : at - t;
   p.edge_slope = M::select(p.high, p.d1, p.d0);
   if (c.inverse) p.excess = p.excess / p.edge_slope;
 }
 
-template <class M>
+template <class M, bool kScaled>
 PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> at, Value<M>& y,
                             Value<M>& logdet) {
   using R = typename M::R;
@@ -211,6 +226,7 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     const auto f = M::select(p.last, -rest, p.top) / p.below;
     y = clamp<M>(M::fma(f, p.h, M::select(p.last, M::of(c.top), p.y_edge)), M::of(c.bottom), M::of(c.top));
   }
+  if (kScaled && c.scaled) y = y * abs<M>(p.bound);
   if (c.tails == coupling::Tails::bounded) {
     y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, p.edge_slope, y));
     y = M::select(M::at_least(at, at), y, at);
@@ -218,16 +234,23 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
     y = M::select(p.inside, y, at);
     logdet = M::select(p.inside, logdet, M::of(R(0)));
   }
+  if (kScaled && c.scaled) {
+    const auto there = M::at_least(p.bound, p.bound);
+    y = M::select(there, y, p.bound);
+    logdet = M::select(there, logdet, p.bound);
+  }
 }
 
 // Gradient of the input, and put_w(j, g), put_h(j, g), put_d(j, g) of each raw parameter, each put after its last read.
-template <class M, int kBins, class Widths, class Heights, class PutWidths, class PutHeights, class PutDerivatives>
+template <class M, int kBins, bool kScaled, class Widths, class Heights, class PutWidths, class PutHeights,
+          class PutDerivatives>
 PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, const SplinePoint<M>& p, Value<M> grad_y,
                                     Value<M> grad_logdet, const Widths& raw_w, const Heights& raw_h, const Value<M>* ew,
                                     const Value<M>* eh, const PutWidths& put_w, const PutHeights& put_h,
                                     const PutDerivatives& put_d) {
   using R = typename M::R;
   using coupling::Tails;
+  const bool scaled = kScaled && c.scaled, mixed = kScaled && c.tails == Tails::mixed;
   const int bins = kBins ? kBins : c.bins;
   const auto zero = M::of(R(0)), one = M::of(R(1));
   const bool bounded = c.tails == Tails::bounded;
@@ -239,13 +262,16 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto lean = ((M::fma(p.d1, p.theta, -p.d0 * p.phi) + p.s * (p.phi - p.theta)) * per_above -
                      (p.d0 + p.d1 - p.s * R(2)) * (p.phi - p.theta) * per_below) *
                     R(2);
-  auto gy = grad_y, gl = grad_logdet, grad_in = grad_y;
+  // By the raw parameters of an element outside, which has no gradient; of one without a box it is NaN.
+  const auto none = scaled ? p.bound - p.bound : zero;
+  const auto grad_out = scaled ? grad_y * abs<M>(p.bound) : grad_y;  // in the box that is not scaled, as what follows
+  auto gy = grad_out, gl = grad_logdet, grad_in = grad_out;
   if (c.inverse) {  // x(y): the chain rule through y(x) - y = 0
     gl = -gl;
-    const auto by_x = M::fma(gl, M::select(p.inside, lean * per_w, zero), grad_y);
+    const auto by_x = M::fma(gl, M::select(p.inside, lean * per_w, zero), grad_out);
     grad_in = by_x / slope;
     gy = -grad_in;
-    if (!bounded) grad_in = M::select(p.inside, grad_in, grad_y);
+    if (!bounded) grad_in = M::select(p.inside, grad_in, grad_out);
   } else {
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
@@ -256,24 +282,27 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
   auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
   by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
+  // By an input outside the box.
+  const auto grad_outside = !bounded ? grad_y : c.inverse ? grad_y / p.edge_slope : grad_y * p.edge_slope;
   if (bounded) {  // held within the numbers, so that a slope which does not bend gets 0 however far x is
     const auto most = M::of(FloatFormat<R>::kLargest);
-    const auto excess = clamp<M>(p.excess, -most, most);
-    const auto beyond = M::select(p.inside, zero, excess * M::select(p.high, p.bend1, p.bend0) * gy);
+    const auto excess = clamp<M>(p.excess, -most, most) * M::select(p.high, p.bend1, p.bend0);
+    const auto beyond = M::select(p.inside, zero, excess * (c.inverse ? -grad_outside : grad_y));
     by_d0 = by_d0 + M::select(p.high, zero, beyond);
     by_d1 = by_d1 + M::select(p.high, beyond, zero);
   } else {
-    by_d0 = M::select(p.inside, by_d0, zero), by_d1 = M::select(p.inside, by_d1, zero);
+    by_d0 = M::select(p.inside, by_d0, none), by_d1 = M::select(p.inside, by_d1, none);
   }
+  if (mixed) by_d0 = M::select(p.free0, by_d0, none), by_d1 = M::select(p.free1, by_d1, none);
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
   // A bin that moves takes the curve along.
-  const auto w_edge = c.inverse ? grad_y : -grad_in, w_own = M::fma(w_edge, p.theta, -by_s * p.s * per_w);
+  const auto w_edge = c.inverse ? grad_out : -grad_in, w_own = M::fma(w_edge, p.theta, -by_s * p.s * per_w);
   const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_s * per_w);
   const auto w_mean = p.width.inverse_sum * M::fma(w_edge, p.width.before, w_own * p.width.own);
   const auto h_mean = p.height.inverse_sum * M::fma(h_edge, p.height.before, h_own * p.height.own);
-  const auto w_unit = M::select(p.inside, p.width.per_unit * c.logit_scale, zero);
-  const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, zero);
+  const auto w_unit = M::select(p.inside, p.width.per_unit * c.logit_scale, none);
+  const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, none);
   const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
   const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
   auto number = zero;
@@ -294,15 +323,15 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     }
     number = number + one;
   }
-  const int count = c.tails == Tails::linear ? bins - 1 : c.tails == Tails::circular ? bins : bins + 1;
+  const int count = bins + c.extra_derivatives();
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
   auto right = left + R(1);
-  if (c.tails == Tails::circular) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
+  if (c.tails == Tails::circular || mixed) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
   const int most = kBins ? kBins + 1 : count;
   if constexpr (M::kLanes == 1) {
 #pragma unroll
     for (int j = 0; j < most; ++j)
-      if (j < count) put_d(j, zero);
+      if (j < count) put_d(j, none);
     const int l = int(left), r = int(right);
     if (l >= 0 && l < count) put_d(l, by_d0 + (l == r ? by_d1 : zero));
     if (l != r && r < count) put_d(r, by_d1 + zero);
@@ -313,9 +342,13 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
       if (kBins && j >= count) break;
       const auto is_left = M::at_least(left, number) & M::at_least(number, left);
       const auto is_right = M::at_least(right, number) & M::at_least(number, right);
-      put_d(j, M::select(is_left, by_d0, zero) + M::select(is_right, by_d1, zero));
+      put_d(j, M::select(is_left, by_d0, none) + M::select(is_right, by_d1, none));
       number = number + one;
     }
+  }
+  if (scaled) {
+    grad_in = M::select(p.inside, grad_in / abs<M>(p.bound), grad_outside);
+    grad_in = M::select(M::at_least(p.bound, p.bound), grad_in, p.bound);
   }
   return grad_in;
 }

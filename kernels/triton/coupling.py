@@ -275,7 +275,7 @@ def _bin(shares, until, ends, lane, k, low, least, unit):
 @triton.jit
 def _slope(raw, least, curve, EXPONENTIAL: tl.constexpr):
     """Slope at a knot, and its derivative by the raw parameter."""
-    LARGEST: tl.constexpr = 1e300 if raw.dtype == tl.float64 else 1e30
+    LARGEST: tl.constexpr = 1e150 if raw.dtype == tl.float64 else 1e18
     if EXPONENTIAL:
         logarithm, derivative = _softclip(raw, curve)
         slope = _exp(logarithm)

@@ -21,7 +21,7 @@ from pyperf_dl.reference import coupling as reference
 
 from . import common
 
-COVERED = "affine couplings, and splines of up to 64 bins with tails 'linear' and precision 'fast'"
+COVERED = "affine couplings, and splines of up to 64 bins with tails 'linear', one box and precision 'fast'"
 
 MOST_BINS = 64
 # Of a program, and of a warp. A spline's thread keeps what it knows of four parameters in registers, two in float64.
@@ -29,8 +29,10 @@ ELEMENTS, _ELEMENTS_A_WARP = 1024, 256
 PARAMETERS, _PARAMETERS_A_WARP = 1024, 128
 
 
-def uncovered(tails: str, exact: bool, bins: int) -> str:
+def uncovered(bound: torch.Tensor | None, tails: str, exact: bool, bins: int) -> str:
     """What of these arguments the kernels do not serve; empty where they do."""
+    if bound is not None:
+        return "a list of tails" if tails == "mixed" else "a tensor for tail_bound"
     if tails != "linear":
         return f"tails={tails!r}"
     if exact:
@@ -43,8 +45,8 @@ def _warn_uncovered(name: str, kind: str) -> None:
     warnings.warn(f"pyperf_dl: {name} with {kind} runs the reference; triton covers {COVERED}", stacklevel=4)
 
 
-def _is_uncovered(name: str, tails: str, exact: bool, bins: int) -> bool:
-    kind = uncovered(tails, exact, bins)
+def _is_uncovered(name: str, bound: torch.Tensor | None, tails: str, exact: bool, bins: int) -> bool:
+    kind = uncovered(bound, tails, exact, bins)
     if kind:
         _warn_uncovered(name, kind)
     return bool(kind)
@@ -301,36 +303,38 @@ def _split(params: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
 
 
 def rational_quadratic_spline(
-    x, widths, heights, derivatives,
+    x, widths, heights, derivatives, bound,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline", tails, exact, widths.shape[-1]):
+    if _is_uncovered("rational_quadratic_spline", bound, tails, exact, widths.shape[-1]):
         return reference.rational_quadratic_spline(
-            x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
+            x, widths, heights, derivatives, bound, inverse, tails, *how, sample_dims, exact
         )
     parameters = (widths, heights, derivatives)
     return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
 
 
 def rational_quadratic_spline_packed(
-    x, params, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
+    x, params, bound, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
 ):
     how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline_packed", tails, exact, bins):
-        return reference.rational_quadratic_spline_packed(x, params, bins, inverse, tails, *how, sample_dims, exact)
+    if _is_uncovered("rational_quadratic_spline_packed", bound, tails, exact, bins):
+        return reference.rational_quadratic_spline_packed(
+            x, params, bound, bins, inverse, tails, *how, sample_dims, exact
+        )
     parameters = _split(params, bins)
     return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
 
 
 def rational_quadratic_spline_backward(
-    grad_y, grad_logdet, x, widths, heights, derivatives,
+    grad_y, grad_logdet, x, widths, heights, derivatives, bound,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline_backward", tails, exact, widths.shape[-1]):
+    if _is_uncovered("rational_quadratic_spline_backward", bound, tails, exact, widths.shape[-1]):
         return reference.rational_quadratic_spline_backward(
-            grad_y, grad_logdet, x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, widths, heights, derivatives, bound, inverse, tails, *how, sample_dims, exact
         )
     parameters = (widths, heights, derivatives)
     kernel = _spline(x, parameters, inverse, *how)
@@ -339,13 +343,13 @@ def rational_quadratic_spline_backward(
 
 
 def rational_quadratic_spline_packed_backward(
-    grad_y, grad_logdet, x, params, bins,
+    grad_y, grad_logdet, x, params, bound, bins,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline_packed_backward", tails, exact, bins):
+    if _is_uncovered("rational_quadratic_spline_packed_backward", bound, tails, exact, bins):
         return reference.rational_quadratic_spline_packed_backward(
-            grad_y, grad_logdet, x, params, bins, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, params, bound, bins, inverse, tails, *how, sample_dims, exact
         )
     parameters, grad = _split(params, bins), _like(params)
     kernel = _spline(x, parameters, inverse, *how)

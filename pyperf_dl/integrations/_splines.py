@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import pyperf_dl
 
 from ._swap import Declined, Peer, Settings, number, unfit
 
 BINS = 256  # the most that the operator takes
-BEYOND = {"linear": -1, "circular": 0, "bounded": 1}  # derivatives beyond the number of bins
+BEYOND: dict[Any, int] = {"linear": -1, "circular": 0, "bounded": 1}  # derivatives beyond the number of bins
 
 
 def _wrong_sizes(bins: int, smallest: tuple[Any, Any, Any]) -> str:
@@ -31,18 +33,22 @@ def separate(
     heights: Any,
     derivatives: Any,
     inverse: Any,
-    tails: str,
-    bounds: tuple[Any, Any, Any, Any],
+    tails: str | tuple[str, ...],
+    bounds: torch.Tensor | tuple[Any, Any, Any, Any],
     smallest: tuple[Any, Any, Any],
 ) -> Any:
-    """(y, elementwise log-det) of a spline on the box (left, right, bottom, top), or Declined with the reason."""
+    """(y, elementwise log-det) of a spline on the box (left, right, bottom, top), or with tail bounds [*inputs.shape]
+    or what broadcasts to that; or Declined with the reason."""
     why = unfit(inputs, widths, heights, derivatives)
     if why:
         return Declined(why)
-    if not isinstance(inverse, bool) or not all(number(b, -torch.inf) for b in bounds):
+    if not isinstance(inverse, bool):
         return Declined("arguments")
-    left, right, bottom, top = bounds
-    if not (left < right and bottom < top):
+    if isinstance(bounds, torch.Tensor):
+        box: dict[str, Any] = {"tail_bound": bounds}
+    elif all(number(b, -torch.inf) for b in bounds) and bounds[0] < bounds[1] and bounds[2] < bounds[3]:
+        box = {"bounds": tuple(map(float, bounds))}
+    else:
         return Declined("arguments")
     bins = widths.shape[-1] if widths.dim() else 0
     why = _wrong_sizes(bins, smallest)
@@ -50,7 +56,9 @@ def separate(
         return Declined(why)
     if widths.shape != (*inputs.shape, bins) or heights.shape != widths.shape:
         return Declined("shape")
-    if derivatives.shape != (*inputs.shape, bins + BEYOND[tails]):
+    if tails == "linear" and derivatives.shape in ((*inputs.shape, bins), (*inputs.shape, bins + 1)):
+        return _free_on_the_right(settings, inputs, widths, heights, derivatives, inverse, bounds, smallest)
+    if derivatives.shape != (*inputs.shape, bins + BEYOND.get(tails, 0)):
         return Declined("number of derivatives")
     y, logdet = pyperf_dl.rational_quadratic_spline(
         inputs,
@@ -59,11 +67,40 @@ def separate(
         derivatives,
         inverse=inverse,
         tails=tails,
-        bounds=(float(left), float(right), float(bottom), float(top)),
+        **box,
         **_smallest(smallest),
         precision=settings.precision,
     )
     return y, logdet.to(inputs.dtype)
+
+
+def _free_on_the_right(
+    settings: Settings,
+    inputs: Any,
+    widths: Any,
+    heights: Any,
+    derivatives: Any,
+    inverse: bool,
+    bounds: Any,
+    smallest: tuple[Any, Any, Any],
+) -> Any:
+    """Linear tails with K or K + 1 derivatives: peers put a slope of 1 in front of them, and one behind where no bin
+    ends; so the K-th is the slope of the right edge, and what follows is not used."""
+    if not smallest[2] < 1:
+        return Declined("smallest sizes")
+    derivatives = F.pad(derivatives[..., : widths.shape[-1]], (1, 0), value=math.log(math.expm1(1 - smallest[2])))
+    got = separate(settings, inputs, widths, heights, derivatives, inverse, "bounded", bounds, smallest)
+    if type(got) is Declined:
+        return got
+    low, high = (-bounds, bounds) if isinstance(bounds, torch.Tensor) else bounds[:2]
+    return within(got, inputs, low, high, inputs)
+
+
+def within(got: Any, inputs: Any, low: Any, high: Any, outside: Any) -> Any:
+    """What was got where inputs are in [low, high], elsewhere `outside` and a log-det of 0."""
+    y, logdet = got
+    inside = (inputs >= low) & (inputs <= high)
+    return torch.where(inside, y, outside), torch.where(inside, logdet, 0.0)
 
 
 def packed(

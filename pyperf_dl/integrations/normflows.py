@@ -14,7 +14,6 @@ tails, what is outside the bounds becomes 0 with log-det 0, as in normflows. Not
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -50,57 +49,47 @@ def unconstrained_rational_quadratic_spline(
     min_bin_height: Any = 1e-3,
     min_derivative: Any = 1e-3,
 ) -> Any:
-    tensors = (inputs, unnormalized_widths, unnormalized_heights, unnormalized_derivatives)
-    bounds = (tail_bound,) if isinstance(tail_bound, torch.Tensor) else ()
-    why = _swap.unfit(*tensors) or (bounds and _swap.unfit(inputs, *bounds))
+    why = _swap.unfit(inputs, unnormalized_widths, unnormalized_heights, unnormalized_derivatives)
+    bounds_given = isinstance(tail_bound, torch.Tensor)
+    if not why and bounds_given:
+        why = _swap.unfit(inputs, tail_bound)
     if why:
         return Declined(why)
-    if bounds:  # the spline on [-1, 1], enlarged
+    by_feature = isinstance(tails, (list, tuple))
+    if any(rule not in ("linear", "circular") for rule in (tails if by_feature else [tails])):
+        return Declined("arguments")
+    if bounds_given:
+        if tail_bound.requires_grad:
+            return Declined("bounds with a gradient")
         if tail_bound.dim() > inputs.dim() or any(
             b not in (1, n) for b, n in zip(tail_bound.shape[::-1], inputs.shape[::-1], strict=False)
         ):
             return Declined("shape")
-        tensors, tail_bound = (inputs / tail_bound, *tensors[1:]), 1.0
-    elif not _swap.number(tail_bound):
+        bounds: Any = tail_bound.to(inputs.dtype)
+    elif _swap.number(tail_bound):
+        bounds = (-tail_bound, tail_bound, -tail_bound, tail_bound)
+    else:
         return Declined("arguments")
-    how = (inverse, tail_bound, (min_bin_width, min_bin_height, min_derivative))
-    by_feature = isinstance(tails, (list, tuple))
-    got = _by_feature(settings, tensors, tails, *how) if by_feature else _one_rule(settings, tensors, tails, *how)
-    if type(got) is Declined or not (bounds or by_feature):
-        return got
-    y, logdet = got
-    bound = bounds[0] if bounds else tail_bound
-    y = y * bound if bounds else y
-    inside = (inputs >= -bound) & (inputs <= bound)
-    return torch.where(inside, y, 0.0 if by_feature else inputs), torch.where(inside, logdet, 0.0)
-
-
-def _one_rule(settings: Settings, tensors: Any, tails: Any, inverse: Any, bound: Any, smallest: Any) -> Any:
-    if tails not in ("linear", "circular"):
-        return Declined("arguments")
-    return _splines.separate(settings, *tensors, inverse, tails, (-bound, bound, -bound, bound), smallest)
-
-
-def _by_feature(settings: Settings, tensors: Any, tails: Any, inverse: Any, bound: Any, smallest: Any) -> Any:
-    """One call for each run of features with the same tails. All have K + 1 derivatives, of which linear tails use the
-    inner ones and circular tails all but the last."""
-    inputs, widths, heights, derivatives = tensors
-    if len(tails) == 0 or inputs.dim() == 0 or len(tails) != inputs.shape[-1]:
-        return Declined("shape")
-    if derivatives.shape != (*inputs.shape, widths.shape[-1] + 1) or widths.shape != heights.shape:
-        return Declined("number of derivatives")
-    results, start = [], 0
-    for rule, run in itertools.groupby(tails):
-        stop = start + len(list(run))
-        at = (..., slice(start, stop), slice(None))
-        used = derivatives[at][..., 1:-1] if rule == "linear" else derivatives[at][..., :-1]
-        part = (inputs[..., start:stop], widths[at], heights[at], used)
-        got = _one_rule(settings, part, rule, inverse, bound, smallest)
-        if type(got) is Declined:
-            return got
-        results.append(got)
-        start = stop
-    return tuple(torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in zip(*results, strict=True))
+    if by_feature:  # K + 1 derivatives, of which linear tails use the inner ones and circular tails all but the last
+        if len(tails) == 0 or inputs.shape[-1:] != (len(tails),):
+            return Declined("shape")
+        if unnormalized_derivatives.shape[-1:] != (unnormalized_widths.shape[-1] + 1,):
+            return Declined("number of derivatives")
+        tails, unnormalized_derivatives = tuple(tails), unnormalized_derivatives[..., :-1]
+    got = _splines.separate(
+        settings,
+        inputs,
+        unnormalized_widths,
+        unnormalized_heights,
+        unnormalized_derivatives,
+        inverse,
+        tails,
+        bounds,
+        (min_bin_width, min_bin_height, min_derivative),
+    )
+    if by_feature and type(got) is not Declined:
+        got = _splines.within(got, inputs, -tail_bound, tail_bound, 0.0)
+    return got
 
 
 _peer.replaces(_SPLINES, "rational_quadratic_spline")(_splines.rational_quadratic_spline)

@@ -143,11 +143,12 @@ affine_coupling_packed_backward = functools.partial(differentiated, affine_coupl
 
 TAILS = ("linear", "circular", "bounded")
 PARAMETRIZATIONS = ("nflows", "zuko")
-LARGEST_SLOPE = {torch.float32: 1e30, torch.float64: 1e300}  # squares of it need not fit, sums do
+LARGEST_SLOPE = {torch.float32: 1e18, torch.float64: 1e150}  # squares of it fit
+SMALLEST_BOUND, LARGEST_BOUND = 2.0**-100, 2.0**100  # of an element
 
 
 def derivative_count(bins: int, tails: str) -> int:
-    return bins + {"linear": -1, "circular": 0, "bounded": 1}[tails]
+    return bins + {"linear": -1, "circular": 0, "mixed": 0, "bounded": 1}[tails]
 
 
 def bin_edges(logits: torch.Tensor, low: float, high: float, smallest: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,8 +159,16 @@ def bin_edges(logits: torch.Tensor, low: float, high: float, smallest: float) ->
     return low + before, size
 
 
-def knot_slopes(raw: torch.Tensor, tails: str, parametrization: str, smallest: float, curve: float) -> torch.Tensor:
-    """The derivative at each of the K + 1 knots. raw: [..., K - 1], [..., K] or [..., K + 1]"""
+def knot_slopes(
+    raw: torch.Tensor,
+    tails: str,
+    parametrization: str,
+    smallest: float,
+    curve: float,
+    circular: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The derivative at each of the K + 1 knots. raw: [..., K - 1], [..., K] or [..., K + 1]; circular: [...], of mixed
+    tails"""
     if parametrization == "zuko":
         slopes = (raw / (1 + (raw / curve).abs())).exp()
     else:
@@ -167,7 +176,12 @@ def knot_slopes(raw: torch.Tensor, tails: str, parametrization: str, smallest: f
     slopes = slopes.clamp(max=LARGEST_SLOPE[raw.dtype])
     if tails == "linear":
         return F.pad(slopes, (1, 1), value=1.0)
-    return torch.cat([slopes, slopes[..., :1]], -1) if tails == "circular" else slopes
+    if tails == "bounded":
+        return slopes
+    ends = slopes[..., :1]
+    if circular is not None:
+        ends = torch.where(circular.unsqueeze(-1), ends, 1.0)
+    return torch.cat([ends, slopes[..., 1:], ends], -1)
 
 
 def held_within(v: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -180,6 +194,7 @@ def rational_quadratic_spline(
     widths: torch.Tensor,
     heights: torch.Tensor,
     derivatives: torch.Tensor,
+    bound: torch.Tensor | None,
     inverse: bool,
     tails: str,
     parametrization: str,
@@ -192,17 +207,30 @@ def rational_quadratic_spline(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and log |dy/dx|. x: [...], widths and heights: [..., K], derivatives: [..., K - 1 | K | K + 1].
 
+    bound: [...], log-det dtype; the box of an element is `box` times its bound, and with tails "mixed" (K derivatives)
+    times |bound|: where that is negative, tails are circular, else linear, and the first derivative is not used.
     box: left, right, bottom, top. smallest: bin width, bin height, derivative. curve: the sharpness of the softplus
     (nflows), or -log of the smallest slope (zuko).
     """
     dtype = working_dtype(x, widths, exact=exact)
     u, raw_w, raw_h, raw_d = (t.to(dtype) for t in (x, widths, heights, derivatives))
+    circular, scale, there = None, 1.0, None
+    given = u
+    if bound is not None:
+        scale = bound.to(dtype)
+        if tails == "mixed":
+            circular, scale = scale < 0, scale.abs()
+        bounds = (scale >= SMALLEST_BOUND) & (scale <= LARGEST_BOUND)
+        there = torch.where(bounds, 1.0, torch.nan).to(dtype)  # NaN goes into all results and gradients
+        given = u * there
+        u = given / scale
+        raw_w, raw_h, raw_d = (t * there.unsqueeze(-1) for t in (raw_w, raw_h, raw_d))
     if parametrization == "zuko":
         raw_w, raw_h = (t / (1 + (2 * t / curve).abs()) for t in (raw_w, raw_h))
     left, right, bottom, top = box
     x_edge, width = bin_edges(raw_w * logit_scale, left, right, smallest[0])
     y_edge, height = bin_edges(raw_h * logit_scale, bottom, top, smallest[1])
-    slope = knot_slopes(raw_d, tails, parametrization, smallest[2], curve)
+    slope = knot_slopes(raw_d, tails, parametrization, smallest[2], curve, circular)
 
     low, high = (bottom, top) if inverse else (left, right)
     inside = (u >= low) & (u <= high)
@@ -236,19 +264,21 @@ def rational_quadratic_spline(
         edge = torch.where(u < low, slope[..., 0], slope[..., -1])
         beyond = torch.where(inside, 0.0, u - at)
         y = y + (beyond / edge if inverse else beyond * edge)
-        y = torch.where(u.isnan(), u, y)
+        y = torch.where(u.isnan(), u, y * scale)
     else:
-        y = torch.where(inside, y, u)
+        y = torch.where(inside, y * scale, given)
         logdet = torch.where(inside, logdet, 0.0)
+    if there is not None:
+        logdet = logdet * there
     return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
 
 
 def rational_quadratic_spline_packed(
-    x: torch.Tensor, params: torch.Tensor, bins: int, *how: Any
+    x: torch.Tensor, params: torch.Tensor, bound: torch.Tensor | None, bins: int, *how: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with widths, heights and derivatives in one tensor, [..., P]."""
     sizes = (bins, bins, params.shape[-1] - 2 * bins)
-    return rational_quadratic_spline(x, *params.split(sizes, -1), *how)
+    return rational_quadratic_spline(x, *params.split(sizes, -1), bound, *how)
 
 
 rational_quadratic_spline_backward = functools.partial(differentiated, rational_quadratic_spline, 4)

@@ -139,6 +139,13 @@ inline double parameter() {
   return scale_of_parameters * (real(-1, 1) + real(-1, 1) + real(-1, 1));
 }
 
+// Most of them bound something; negative ones are circular where tails are mixed.
+inline double bound() {
+  const double size =
+      uniform(0, 30) ? pick({0.5, 1.0, 3.0, 3.0}) : pick({0.0, -0.0, 1e-40, 1e38, double(INFINITY), double(NAN)});
+  return uniform(0, 2) ? size : -size;
+}
+
 struct Problem {
   int64_t sizes[3];  // of x; the last `3 - sample_dims` are summed over
   int sample_dims;   // -1: log-dets of elements
@@ -166,7 +173,7 @@ struct Call {
     int64_t first;
   };
   Where where[kSplineOperands] = {};
-  Array* sample_logdet = nullptr;
+  Array *sample_logdet = nullptr, *bounds = nullptr;
 
   int64_t rows_stride[kSplineOperands][3] = {};
 
@@ -185,6 +192,21 @@ struct Call {
     int64_t stride[3] = {n[1] * (n[2] + gap), n[2] + gap, 1};
     if (!p.scalars_dense && uniform(0, 3) == 0) stride[0] = 1, stride[1] = n[0], stride[2] = n[0] * n[1];
     place(operand, add(type, first + n[0] * n[1] * (n[2] + gap)), first, stride);
+  }
+  // Shared along some dimensions, or along none.
+  void add_bounds(const Problem& p, Storage type) {
+    const int64_t* n = p.sizes;
+    const int shared = int(uniform(0, 3));
+    const int64_t step = pick<int64_t>({1, 2});
+    const int64_t stride[3] = {shared ? 0 : n[1] * n[2] * step, shared > 1 ? 0 : n[2] * step, shared > 2 ? 0 : step};
+    bounds = add(type, n[0] * n[1] * n[2] * step + 1);
+    SplineBounds& b = e.bounds;
+    const bool merges = shared == 3 || (shared == 0 && uniform(0, 1));
+    b.rows.dims = merges ? 0 : 2;
+    b.rows.count = merges ? 1 : n[0] * n[1];
+    for (int d = 0; d < b.rows.dims; ++d) b.rows.size[d] = n[d], b.rows.stride[0][d] = stride[d];
+    b.n = merges ? n[0] * n[1] * n[2] : n[2];
+    b.stride = stride[2];
   }
   // Three tensors of `counts` parameters, or one that holds them side by side.
   void add_parameters(const Problem& p, int operand, Form form, bool packed, const int64_t (&counts)[3]) {
@@ -237,6 +259,7 @@ struct Call {
     for (int k = 0; k < kSplineOperands; ++k)
       h.data[k] = where[k].array ? where[k].array->at(where[k].array->want.data(), where[k].first) : nullptr;
     if (sample_logdet) h.sample_logdet = sample_logdet->at(sample_logdet->want.data(), 0);
+    if (bounds) h.bounds.data = bounds->at(bounds->want.data(), 0);
     return h;
   }
   SplineElements on_device() const {
@@ -244,6 +267,7 @@ struct Call {
     for (int k = 0; k < kSplineOperands; ++k)
       d.data[k] = where[k].array ? where[k].array->at(where[k].array->device, where[k].first) : nullptr;
     if (sample_logdet) d.sample_logdet = sample_logdet->at(sample_logdet->device, 0);
+    if (bounds) d.bounds.data = bounds->at(bounds->device, 0);
     return d;
   }
 };
@@ -281,7 +305,10 @@ void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>&
     const Get<R> w{raw.data()}, h{raw.data() + bins}, d{raw.data() + 2 * bins};
     math::SplinePoint<M> point;
     const R x = R(load(at(kInput, 0, e.type), e.type));
-    math::spline_locate<M, 0>(c, x, w, h, d, ew.data(), eh.data(), point);
+    const auto* bounds = static_cast<const unsigned char*>(e.bounds.data);
+    const R bound =
+        c.scaled ? R(load(bounds + e.bounds.offset(i) * storage_bytes(e.logdet_type), e.logdet_type)) : R(0);
+    math::spline_locate<M, 0, true>(c, x, bound, w, h, d, ew.data(), eh.data(), point);
     if constexpr (kBackward) {
       const R grad_y = R(load(at(kGradOutput, 0, e.type), e.type));
       const R grad_logdet =
@@ -289,16 +316,16 @@ void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>&
                 ? load(static_cast<unsigned char*>(e.sample_logdet) + i / e.sample_size * storage_bytes(e.logdet_type),
                        e.logdet_type)
                 : load(at(kLogdet, 0, e.logdet_type), e.logdet_type));
-      const R grad_x =
-          math::spline_gradients<M, 0>(c, point, grad_y, grad_logdet, w, h, ew.data(), eh.data(), Put<R>{put.data()},
-                                       Put<R>{put.data() + bins}, Put<R>{put.data() + 2 * bins});
+      const R grad_x = math::spline_gradients<M, 0, true>(c, point, grad_y, grad_logdet, w, h, ew.data(), eh.data(),
+                                                          Put<R>{put.data()}, Put<R>{put.data() + bins},
+                                                          Put<R>{put.data() + 2 * bins});
       store(at(kResult, 0, e.type), e.type, double(grad_x));
       for (int k = 0, before = 0; k < 3; before += counts[k++])
         for (int j = 0; j < counts[k]; ++j)
           store(at(kGradWidths + k, j, e.parameter_type), e.parameter_type, double(put[size_t(before + j)]));
     } else {
       R y, logdet;
-      math::spline_value<M>(c, point, x, y, logdet);
+      math::spline_value<M, true>(c, point, x, y, logdet);
       store(at(kResult, 0, e.type), e.type, double(y));
       if (!e.summed) store(at(kLogdet, 0, e.logdet_type), e.logdet_type, double(logdet));
       if (!e.summed) continue;
@@ -363,7 +390,7 @@ template <bool kBackward, class R>
 void check(const Problem& p, const Spline<R>& c) {
   const std::string what = describe(p, kBackward ? "backward" : "forward") + (sizeof(R) == 8 ? " double" : " float") +
                            " tails " + std::to_string(int(c.tails)) + (c.inverse ? " inverse" : "") +
-                           (c.exponential ? " zuko" : "");
+                           (c.exponential ? " zuko" : "") + (c.scaled ? " scaled" : "");
   const int64_t counts[3] = {c.bins, c.bins, c.derivatives()};
   const Storage logdet_type = p.type == Storage::f64 ? Storage::f64 : Storage::f32;
   const int64_t samples = [&] {
@@ -374,11 +401,13 @@ void check(const Problem& p, const Spline<R>& c) {
   Call call;
   call.add_scalars(p, kInput, p.type);
   call.add_parameters(p, kWidths, p.form, p.packed, counts);
+  if (c.scaled) call.add_bounds(p, logdet_type);
   if (kBackward) call.add_scalars(p, kGradOutput, p.type);
   if (kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
   if (p.sample_dims >= 0 && kBackward) call.sample_logdet = call.add(logdet_type, samples);
   for (const auto& array : call.arrays) array->fill(array->type == p.parameter_type ? parameter : anything);
   call.where[kInput].array->fill(anything);
+  if (c.scaled) call.bounds->fill(bound);
   const size_t inputs = call.arrays.size();
   call.add_scalars(p, kResult, p.type);
   if (!kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
@@ -425,7 +454,8 @@ void check(const Problem& p, const Spline<R>& c) {
 
 inline void check(const Problem& p) {
   const bool exact = uniform(0, 3) == 0 || p.type == Storage::f64 || p.parameter_type == Storage::f64;
-  const Tails tails = Tails(uniform(0, 2));
+  const Tails tails = Tails(uniform(0, 3));
+  const bool scaled = tails == Tails::mixed || uniform(0, 2) == 0;
   const bool inverse = uniform(0, 1), exponential = uniform(0, 3) == 0;
   const double bound = pick({1.0, 3.0, 3.0, 50.0}), least = exponential ? 0 : 1e-3;
   const double box[] = {-bound, bound, tails == Tails::bounded ? 0 : -bound, bound}, smallest[] = {least, least, least};
@@ -433,7 +463,8 @@ inline void check(const Problem& p) {
   scale_of_parameters = pick({0.0, 1.0, 1.0, 1.0, 5.0, 100.0, 1e4});
   special_parameters = uniform(0, 2) == 0;
   const auto run = [&](auto zero) {
-    const auto c = make_spline<decltype(zero)>(p.bins, tails, inverse, exponential, box, smallest, scale, curve);
+    const auto c =
+        make_spline<decltype(zero)>(p.bins, tails, inverse, exponential, scaled, box, smallest, scale, curve);
     check<false>(p, c);
     check<true>(p, c);
   };
