@@ -1,6 +1,7 @@
 """pyperf_dl.integrations.zuko beside zuko itself."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -241,6 +242,54 @@ def test_what_zuko_prepares_is_there_when_wanted():
         late = spline()
     assert torch.equal(late(x), theirs(x))  # zuko's own again
     assert zuko.report() == (0, {})
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+@pytest.mark.parametrize(
+    "make",
+    [
+        spline,
+        lambda: spline(bound=2.0, slope=1e-4),
+        lambda: DependentTransform(spline(), 1),
+        lambda: MonotonicAffineTransform(torch.arange(200.0), torch.ones(200), slope=1e-2, cache_size=1),
+    ],
+)
+def test_copies_of_transformations(copied, make):
+    """Made, copied and used with and without a takeover; ours are zuko's for whoever reads them."""
+    x = torch.linspace(-3, 3, 200)
+    want = make().call_and_ladj(x)
+    with zuko.enable():
+        ours = make()
+        mine = ours.call_and_ladj(x)
+        stored, within = pickle.dumps(ours), copied(ours)
+        assert b"pyperf_dl" not in stored
+        for got, value in zip(within.call_and_ladj(x), mine, strict=True):
+            assert torch.equal(got, value)
+        assert zuko.report(reset=True) == (2, {})
+    for t in (within, copied(ours), pickle.loads(stored)):
+        for got, value in zip(t.call_and_ladj(x), want, strict=True):
+            assert torch.equal(got, value)
+    assert zuko.report() == (0, {})
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+@pytest.mark.parametrize("name", FLOWS)
+def test_copies_of_flows(copied, name):
+    torch.manual_seed(0)
+    model, context = FLOWS[name][0](), torch.randn(20, 2)
+    x = torch.randn(20, model(context).event_shape[0])
+    want = model(context).log_prob(x)
+    with zuko.enable(), torch.no_grad():
+        distribution = model(context)
+        for flow in (copied(model)(context), copied(distribution)):
+            torch.testing.assert_close(flow.log_prob(x), want)
+    with torch.no_grad():
+        for flow in (copied(model)(context), copied(distribution)):
+            torch.testing.assert_close(flow.log_prob(x), want)
 
 
 def test_enable_and_disable():

@@ -42,7 +42,12 @@ def _lazy(theirs: type, prepared: tuple[str, ...]) -> type:
         _peer.original(theirs, "__init__")(self, *args, **kwargs)
         return self.__dict__[name]
 
-    return type(theirs.__name__, (theirs,), {"__getattr__": __getattr__, "__module__": theirs.__module__})
+    def __reduce__(self: Any) -> Any:  # noqa: N807
+        args, kwargs = self.__dict__[_GIVEN]
+        return functools.partial(theirs, **kwargs), args  # by the name that pickle finds: zuko's own
+
+    members = {"__getattr__": __getattr__, "__reduce__": __reduce__, "__module__": theirs.__module__}
+    return type(theirs.__name__, (theirs,), members)
 
 
 def _remember(self: Any, theirs: type, prepared: tuple[str, ...], args: tuple[Any, ...], kwargs: Any) -> Any:
