@@ -7,18 +7,19 @@ import pytest
 import torch
 from peer_flows import (
     assert_as_accurate,
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
     three_runs,
     training_curves,
     values_and_gradients,
 )
 from torch import nn
-from torch.distributions import Transform
 
 pytest.importorskip("zuko", reason="zuko is not installed")
 from zuko.flows import MAF, NCSF, NICE, NSF
@@ -26,21 +27,7 @@ from zuko.transforms import DependentTransform, MonotonicAffineTransform, Monoto
 
 from pyperf_dl.integrations import zuko
 
-OWNERS = (MonotonicRQSTransform, MonotonicAffineTransform, DependentTransform, Transform)
-THEIRS = {owner: dict(vars(owner)) for owner in OWNERS}
-
-
-def current():
-    return {owner: dict(vars(owner)) for owner in OWNERS}
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    zuko.disable()
-    zuko.report(reset=True)
-    yield
-    zuko.disable()
-    assert current() == THEIRS
+_as_it_was = restored(zuko)
 
 
 def spline(n=200, bins=8, by=1.0, derivatives=None, dtype=torch.float32, **how):
@@ -292,23 +279,8 @@ def test_copies_of_flows(copied, name):
             torch.testing.assert_close(flow.log_prob(x), want)
 
 
-def test_enable_and_disable():
-    zuko.enable()
-    assert MonotonicRQSTransform._call is not THEIRS[MonotonicRQSTransform]["_call"]
-    zuko.enable(precision="exact")
-    zuko.disable()
-    assert current() == THEIRS
-    first, second = zuko.enable(), zuko.enable()
-    first.__exit__(None, None, None)
-    spline()(torch.ones(200))
-    second.__exit__(None, None, None)
-    spline()(torch.ones(200))
-    assert current() == THEIRS
-    assert zuko.report() == (1, {})
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(zuko)
+def test_takeovers():
+    assert_takeovers(zuko, lambda: spline()(torch.ones(200)))
 
 
 def test_other_versions(monkeypatch):
@@ -319,20 +291,11 @@ def test_other_versions(monkeypatch):
 
 
 def test_compiles_whole():
-    torch._dynamo.reset()
-    x, params = torch.randn(6, 4), [torch.randn(6, 4, k) for k in (8, 8, 7)]
-
     def run(x, *params):
         y, ladj = DependentTransform(MonotonicRQSTransform(*params), 1).call_and_ladj(x)
         return MonotonicAffineTransform(y, y).inv(y), ladj
 
-    want = run(x, *params)
-    graphs = []
-    with zuko.enable():
-        got = torch.compile(run, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)(x, *params)
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, want)
-    torch._dynamo.reset()
+    assert_compiles_whole(run, zuko, torch.randn(6, 4), *(torch.randn(6, 4, k) for k in (8, 8, 7)))
 
 
 def test_function_transforms():
