@@ -27,6 +27,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("zuko", "zuko", "1.5", "1.6")
+disable, report = _peer.disable, _peer.report
 _BINS = 256  # the most that the operator takes
 _GIVEN = "_pyperf_dl_given"  # on a transformation: the arguments that it was made from
 
@@ -225,22 +226,3 @@ def enable(*, precision: str = "fast") -> Takeover:
     Report(taken=1, fell_back={})
     """
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; zuko is as before.
-
-    >>> from pyperf_dl.integrations import zuko
-    >>> zuko.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import zuko
-    >>> zuko.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)
