@@ -595,6 +595,51 @@ def test_rebuilding_is_differentiable_once():
         grad.sum().backward()
 
 
+# ---- determinism ----
+
+OPERATORS = {
+    "spline": lambda x, p, **how: pyperf_dl.rational_quadratic_spline_packed(x, p, 8, tail_bound=3.0, **how),
+    "affine": lambda x, p, **how: pyperf_dl.affine_coupling(x, p[..., 0], p[..., 1], activation="tanh", **how),
+    "additive": lambda x, p, **how: pyperf_dl.additive_coupling(x, p[..., 0], **how),
+}
+
+
+def same_bits(got, want):
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [(300, 11), (3, 2500)], ids=["units of samples", "samples in pieces"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_deterministic(name, shape, inverse):
+    """100 times forward and backward by one thread and by two."""
+    x, p = sample(shape, torch.float32).requires_grad_(), sample((*shape, 23), torch.float32, 2).requires_grad_()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for _ in range(100):
+            y, logdet = OPERATORS[name](x, p, inverse=inverse, logdet="sum")
+            grads = torch.autograd.grad((y, logdet), (x, p), (y.detach().cos(), logdet.detach().cos()))
+            results.append((y, logdet, *grads))
+            assert same_bits(results[-1], results[0]), threads
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("save", SAVE)
+def test_layers_are_deterministic(save, threads):
+    """The networks in between are torch's, for one number of threads."""
+    torch.set_num_threads(threads)
+    shape, kinds = (3, 6, 400), ("affine", "spline", "additive")
+    layers = [coupling(kind, shape, swap=i % 2 == 1, save=save) for i, kind in enumerate(kinds)]
+    rest = "nothing" if save == "nothing" else "x"
+    flow = Flow([ActNorm(6, save=rest), InvertibleConv1x1(6, save=rest), *layers])
+    x = sample(shape, torch.float32)
+    flow(x)
+    want = gradients(flow, x)
+    for _ in range(100):
+        assert same_bits(gradients(flow, x), want)
+
+
 # ---- actnorm and the 1x1 convolution ----
 
 
