@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pyperf_dl._coupling_spline import _like
+from pyperf_dl._coupling_affine import DEFAULT_CLAMPS
+from pyperf_dl._coupling_spline import DTYPES, HALF_DTYPES, _like
 from pyperf_dl._triton import coupling as kernels
 from pyperf_dl.reference import coupling as reference
 
@@ -57,12 +58,35 @@ def _work(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _check_tensor(what: str, t: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
-    """What memory safety needs."""
-    if list(t.shape) != list(shape):
-        raise ValueError(f"coupling: {what} must have shape {list(shape)}, got {list(t.shape)}")
+def _refusal(rule: str, got: Any) -> RuntimeError:
+    """What native operators raise too: the last line of defence, users meet the checks of the public functions."""
+    return RuntimeError(f"coupling: {rule}, got {got}")
+
+
+def _check_tensor(what: str, t: torch.Tensor, shape: Sequence[int], like: torch.Tensor, *dtypes: torch.dtype) -> None:
+    if t.shape != torch.Size(shape):
+        raise _refusal(f"{what} must have shape {list(shape)}", list(t.shape))
     if t.device != like.device:
-        raise ValueError(f"coupling: {what} must be on {like.device}, got {t.device}")
+        raise _refusal(f"{what} must be on {like.device}", t.device)
+    if t.dtype not in dtypes:
+        raise _refusal(f"{what} must be {' or '.join(map(str, dtypes))}", t.dtype)
+
+
+def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise _refusal(f"{what} must be one of {', '.join(choices)}", value)
+
+
+def _check_input(x: torch.Tensor, sample_dims: int) -> None:
+    _check_tensor("x", x, x.shape, x, *DTYPES)
+    if not -1 <= sample_dims <= x.dim():
+        raise _refusal(f"sample_dims must be in [-1, {x.dim()}]", sample_dims)
+
+
+def _check_gradients(grad_y: torch.Tensor, grad_logdet: torch.Tensor, x: torch.Tensor, sample_dims: int) -> None:
+    _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
+    shape = x.shape if sample_dims < 0 else x.shape[:sample_dims]
+    _check_tensor("grad_logdet", grad_logdet, shape, x, reference.logdet_dtype(x))
 
 
 class _Walk(NamedTuple):
@@ -190,7 +214,7 @@ def _forward(
     tiles = _Tiles.of(math.prod(samples), math.prod(x.shape[sample_dims:]), kernel.most)
     pieces = x.new_empty((*samples, tiles.blocks), dtype=dtype)
     _run(kernel, tiles, [x, *parameters, None, y, pieces, *none], len(parameters), sample_dims)
-    return y, pieces.sum(-1) if tiles.blocks > 1 else pieces.squeeze(-1)
+    return y, pieces.sum(-1, dtype=torch.float64).to(dtype) if tiles.blocks > 1 else pieces.squeeze(-1)
 
 
 def _backward(
@@ -204,10 +228,7 @@ def _backward(
 ) -> torch.Tensor:
     """Fills the parameters' gradients, and returns that of x."""
     common.check_device(x, kernel.of)
-    summed = 0 <= sample_dims < x.dim()
-    _check_tensor("grad_y", grad_y, x.shape, x)
-    _check_tensor("grad_logdet", grad_logdet, x.shape[:sample_dims] if summed else x.shape, x)
-    if summed:
+    if 0 <= sample_dims < x.dim():
         ones = [1] * (x.dim() - sample_dims)
         grad_logdet = grad_logdet.reshape(*grad_logdet.shape, *ones).expand(x.shape)
     grad_x = _like(x)
@@ -221,10 +242,21 @@ def _backward(
 
 
 def _affine(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inverse: bool, activation: str, clamp: float, first: bool
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    inverse: bool,
+    activation: str,
+    clamp: float,
+    first: bool,
+    sample_dims: int,
 ) -> _Kernel:
-    for name, t in (("scale", scale), ("shift", shift)):
-        _check_tensor(name, t, x.shape, x)
+    _check_input(x, sample_dims)
+    _check_tensor("scale", scale, x.shape, x, x.dtype, *(HALF_DTYPES if x.dtype == torch.float32 else ()))
+    _check_tensor("shift", shift, x.shape, x, scale.dtype)
+    _check_choice("activation", activation, reference.ACTIVATIONS)
+    if not clamp >= 0 or (clamp == 0 and activation in DEFAULT_CLAMPS):
+        raise _refusal(f"clamp must be > 0 for {activation}", clamp)
     constants = {
         "INVERSE": inverse,
         "ACTIVATION": activation,
@@ -236,14 +268,15 @@ def _affine(
 
 
 def affine_coupling(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
     return _forward(kernel, x, (scale, shift), sample_dims)
 
 
 def affine_coupling_backward(
     grad_y, grad_logdet, x, scale, shift, inverse, activation, clamp, shift_first, sample_dims
 ):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
     grads = [_like(t) for t in (scale, shift)]
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
@@ -251,10 +284,30 @@ def affine_coupling_backward(
 # ---- the rational-quadratic spline ----
 
 
+def _check_spline(x, parameters, bins, tails, parametrization, box, smallest, sample_dims):
+    """parameters: widths, heights and derivatives, or all in one."""
+    _check_input(x, sample_dims)
+    if not 1 <= bins <= 256:
+        raise _refusal("bins must be in [1, 256]", bins)
+    _check_choice("tails", tails, reference.TAILS)
+    _check_choice("parametrization", parametrization, reference.PARAMETRIZATIONS)
+    if len(box) != 4 or len(smallest) != 3:
+        raise _refusal("box must have 4 numbers, smallest 3", (box, smallest))
+    counts = {"widths": bins, "heights": bins, "derivatives": reference.derivative_count(bins, tails)}
+    if len(parameters) == 1:
+        counts = {"params": sum(counts.values())}
+    dtypes = DTYPES
+    for (name, count), t in zip(counts.items(), parameters, strict=True):
+        _check_tensor(name, t, (*x.shape, count), x, *dtypes)
+        dtypes = (t.dtype,)  # they have one
+
+
+def _bins(widths: torch.Tensor) -> int:
+    return widths.shape[-1] if widths.dim() else 0
+
+
 def _spline(x, parameters, inverse, parametrization, box, smallest, logit_scale, curve):
     bins = parameters[0].shape[-1]
-    for name, t, count in zip(("widths", "heights", "derivatives"), parameters, (bins, bins, bins - 1), strict=True):
-        _check_tensor(name, t, (*x.shape, count), x)
     (left, right, bottom, top), (width, height, slope) = box, smallest
     least = (right - left) * width, (top - bottom) * height
     free = (right - left) * (1 - width * bins), (top - bottom) * (1 - height * bins)
@@ -278,12 +331,10 @@ def rational_quadratic_spline(
     x, widths, heights, derivatives,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
-    how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline", tails, exact, widths.shape[-1]):
-        return reference.rational_quadratic_spline(
-            x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
-        )
-    parameters = (widths, heights, derivatives)
+    parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, parameters, _bins(widths), tails, *how[:3], sample_dims)
+    if _is_uncovered("rational_quadratic_spline", tails, exact, _bins(widths)):
+        return reference.rational_quadratic_spline(x, *parameters, inverse, tails, *how, sample_dims, exact)
     return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
 
 
@@ -291,6 +342,7 @@ def rational_quadratic_spline_packed(
     x, params, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
 ):
     how = (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, (params,), bins, tails, *how[:3], sample_dims)
     if _is_uncovered("rational_quadratic_spline_packed", tails, exact, bins):
         return reference.rational_quadratic_spline_packed(x, params, bins, inverse, tails, *how, sample_dims, exact)
     parameters = _split(params, bins)
@@ -301,12 +353,13 @@ def rational_quadratic_spline_backward(
     grad_y, grad_logdet, x, widths, heights, derivatives,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
-    how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline_backward", tails, exact, widths.shape[-1]):
+    parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, parameters, _bins(widths), tails, *how[:3], sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
+    if _is_uncovered("rational_quadratic_spline_backward", tails, exact, _bins(widths)):
         return reference.rational_quadratic_spline_backward(
-            grad_y, grad_logdet, x, widths, heights, derivatives, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, *parameters, inverse, tails, *how, sample_dims, exact
         )
-    parameters = (widths, heights, derivatives)
     kernel = _spline(x, parameters, inverse, *how)
     grads = [_like(t) for t in parameters]
     return _backward(kernel, grad_y, grad_logdet, x, parameters, grads, sample_dims), *grads
@@ -317,6 +370,8 @@ def rational_quadratic_spline_packed_backward(
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, (params,), bins, tails, *how[:3], sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
     if _is_uncovered("rational_quadratic_spline_packed_backward", tails, exact, bins):
         return reference.rational_quadratic_spline_packed_backward(
             grad_y, grad_logdet, x, params, bins, inverse, tails, *how, sample_dims, exact
