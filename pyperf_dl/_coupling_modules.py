@@ -232,7 +232,7 @@ class _Rebuilt(torch.autograd.Function):
 
 def _guard(run: _Run, x: torch.Tensor, back: torch.Tensor, within: float) -> None:
     """Raises where x does not come back, which the backward would not see. Reads one number from the device."""
-    if x.numel() == 0:
+    if x.numel() == 0 or x.is_meta:
         return
     finite = x.isfinite()
     size = torch.where(finite, x.abs(), 0)

@@ -515,6 +515,7 @@ def test_the_guard_takes_every_x(value):
     x = sample((50, 6), torch.float32)
     gentle, far = affine(0, "nothing"), affine(0, "nothing", by=1e7)
     gentle(torch.full_like(x, value))
+    affine(0, "nothing").to("meta")(x.to("meta"))
     x[0] = value
     gentle(x)
     x[:, 3] = value
