@@ -280,8 +280,8 @@ def affine_elements(spec: AffineSpec) -> Callable[[torch.Generator], Any]:
 
 
 def our_affine(spec: AffineSpec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, shift = params.chunk(2, -1)
-    return pyperf_dl.affine_coupling(x, scale, shift, inverse=spec.inverse, activation=spec.activation)
+    pairs = params.view(len(x), 2, -1).transpose(1, 2)  # scale and shift of each element
+    return pyperf_dl.affine_coupling_packed(x, pairs, inverse=spec.inverse, activation=spec.activation)
 
 
 def eager_affine(spec: AffineSpec, x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,7 +327,7 @@ def affine_peers(spec: AffineSpec) -> dict[str, Peer]:
 def affine_case(name: str, spec: AffineSpec, peers: bool = True) -> Case:
     return Case(
         FAMILY,
-        "affine_coupling",
+        "affine_coupling_packed",
         f"{spec.what}, {name}",
         spec.dtype,
         spec.device,

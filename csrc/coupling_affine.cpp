@@ -34,13 +34,21 @@ struct AffineOnCpu {
 }  // namespace
 }  // namespace pyperf::coupling
 
-// clamp: 0 for none. sample_dims: log-dets are summed over the dimensions behind them; -1: not.
-#define PYPERF_AFFINE_STATICS "bool inverse, str activation, float clamp, bool shift_first, SymInt sample_dims"
+// clamp: 0 for none. sample_dims: log-dets are summed over the dimensions behind them; -1: not. Packed: params hold
+// scale and shift, or the shift alone for the activation "none", in their last dimension; split is empty, or the
+// dimension of x of which some channels are transformed, the first of them, and how far they are apart.
+#define PYPERF_AFFINE_STATICS "bool inverse, str activation, float clamp, bool shift_first, "
+#define PYPERF_AFFINE_PACKED_STATICS PYPERF_AFFINE_STATICS "bool shift_leads, SymInt[] split, SymInt sample_dims"
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
-  m.def("affine_coupling(Tensor x, Tensor scale, Tensor shift, " PYPERF_AFFINE_STATICS ") -> (Tensor, Tensor)");
+  m.def("affine_coupling(Tensor x, Tensor scale, Tensor shift, " PYPERF_AFFINE_STATICS
+        "SymInt sample_dims) -> (Tensor, Tensor)");
+  m.def("affine_coupling_packed(Tensor x, Tensor params, " PYPERF_AFFINE_PACKED_STATICS ") -> (Tensor, Tensor)");
   m.def(
       "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor scale, Tensor "
-      "shift, " PYPERF_AFFINE_STATICS ") -> (Tensor, Tensor, Tensor)");
+      "shift, " PYPERF_AFFINE_STATICS "SymInt sample_dims) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "affine_coupling_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor "
+      "params, " PYPERF_AFFINE_PACKED_STATICS ") -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyperf_dl, CPU, m) { PYPERF_IMPLEMENT_AFFINE_COUPLING(m, pyperf::coupling::AffineOnCpu); }

@@ -50,21 +50,56 @@ struct AffineArguments {
 
 namespace affine {
 
-inline void check_companion(const char* what, const Tensor& t, const Tensor& x, int64_t dims) {
-  require(t.dim() == dims && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
-          "affine_coupling: ", what, " has a shape that does not belong to x");
+inline void check_shape(const char* what, const Tensor& t, const Tensor& x, const std::vector<int64_t>& sizes) {
+  require(std::equal(t.sizes().begin(), t.sizes().end(), sizes.begin(), sizes.end()), "affine_coupling: ", what,
+          " has a shape that does not belong to x");
   require(t.device() == x.device(), "affine_coupling: tensors must be on one device");
 }
 
-inline void check_inputs(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t sample_dims) {
-  check_companion("scale", scale, x, x.dim());
-  check_companion("shift", shift, x, x.dim());
-  require(sample_dims >= -1 && sample_dims <= x.dim(), "affine_coupling: sample_dims must be in [-1, ", x.dim(),
-          "], got ", sample_dims);
-  const Storage of_x = storage_of(x), of_scale = storage_of(scale);
-  require(of_scale == storage_of(shift), "affine_coupling: scale and shift must have one dtype");
-  require(of_x == of_scale || (of_x == Storage::f32 && of_scale != Storage::f64),
+inline void check_inputs(const Tensor& x, const Tensor& parameter, const AffineArguments& how) {
+  require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "affine_coupling: sample_dims must be in [-1, ", x.dim(),
+          "], got ", how.sample_dims);
+  const Storage of_x = storage_of(x), of_parameter = storage_of(parameter);
+  require(of_x == of_parameter || (of_x == Storage::f32 && of_parameter != Storage::f64),
           "affine_coupling: scale and shift must have the dtype of x, or 16 bits for a float32 x");
+}
+
+inline void check_pair(const Tensor& x, const Tensor& scale, const Tensor& shift, const AffineArguments& how) {
+  check_shape("scale", scale, x, sizes_of(x, x.dim()));
+  check_shape("shift", shift, x, sizes_of(x, x.dim()));
+  check_inputs(x, scale, how);
+  require(storage_of(scale) == storage_of(shift), "affine_coupling: scale and shift must have one dtype");
+}
+
+inline void check_gradients(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Split& split,
+                            int64_t sample_dims) {
+  check_shape("grad_y", grad_y, x, sizes_of(x, x.dim()));
+  std::vector<int64_t> sizes = split.shape(x);
+  if (sample_dims >= 0) sizes.resize(sample_dims);
+  check_shape("grad_logdet", grad_logdet, x, sizes);
+  require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
+          "affine_coupling: gradients must have the dtypes of the outputs");
+}
+
+// Where the two parameters of an element are in the last dimension of a tensor; an additive coupling has but the shift.
+struct Packing {
+  int64_t scale, shift, count;
+
+  Packing(const Tensor& params, bool shift_leads, bool additive) : count(additive ? 1 : 2) {
+    shift = additive || shift_leads ? 0 : 1, scale = additive ? 0 : 1 - shift;
+    require(params.dim() > 0 && params.size(params.dim() - 1) == count, "affine_coupling: params must have ", count,
+            " in the last dimension");
+  }
+};
+
+inline Split checked_split(const Tensor& x, const Tensor& params, const Packing& packing,
+                           const std::vector<int64_t>& split, const AffineArguments& how) {
+  const Split channels(x, params, split);
+  std::vector<int64_t> sizes = channels.shape(x);
+  sizes.push_back(packing.count);
+  check_shape("params", params, x, sizes);
+  check_inputs(x, params, how);
+  return channels;
 }
 
 // A new tensor like `t`, which keeps the order of its dimensions in memory.
@@ -74,27 +109,21 @@ inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
 
 // False where the operands' dimensions cannot be walked as they are. `logdet`: that operand, contiguous if summed.
 template <int N>
-bool make_call(const std::array<const Tensor*, N>& operands, int logdet, const AffineArguments& how,
-               AffineCall<N>& call) {
-  const Tensor& shape = *operands[N - 1];
+bool make_call(const std::array<Strided, N>& operands, int logdet, const AffineArguments& how, AffineCall<N>& call) {
+  const Strided& shape = operands[N - 1];
   const bool summed = how.sample_dims >= 0;
-  std::array<std::vector<int64_t>, N> strides;
-  std::array<const int64_t*, N> starts;
-  for (int k = 0; k < N; ++k) {
-    const Tensor& walked = summed && k == logdet ? shape : *operands[k];
-    strides[k].assign(walked.strides().begin(), walked.strides().end());
-    starts[k] = strides[k].data();
-  }
-  const std::vector<int64_t> sizes = sizes_of(shape, shape.dim());
-  const ElementRuns<N> runs(sizes.data(), shape.dim(), starts, std::max<int64_t>(how.sample_dims, 0));
+  std::array<const int64_t*, N> strides;
+  for (int k = 0; k < N; ++k) strides[k] = (summed && k == logdet ? shape : operands[k]).strides.data();
+  const ElementRuns<N> runs(shape.sizes.data(), int64_t(shape.sizes.size()), strides,
+                            std::max<int64_t>(how.sample_dims, 0));
   if (!runs.fits) return false;
   call.how = how.affine();
   call.rows = runs.rows;
   call.n = runs.n;
   for (int k = 0; k < N; ++k) {
     call.stride[k] = runs.stride[k];
-    call.data[k] = operands[k]->data_ptr();
-    call.type[k] = storage_of(*operands[k]);
+    call.data[k] = operands[k].data;
+    call.type[k] = operands[k].type;
   }
   call.samples = runs.samples, call.sample_size = runs.sample_size;
   call.summed = summed;
@@ -103,29 +132,84 @@ bool make_call(const std::array<const Tensor*, N>& operands, int logdet, const A
 
 }  // namespace affine
 
+// y and the log-det, not yet filled.
+inline std::tuple<Tensor, Tensor> affine_outputs(const Tensor& x, const Split& split, int64_t sample_dims) {
+  const ScalarType type = logdet_type(x);
+  const Tensor y = affine::empty_as(x, x.scalar_type());
+  std::vector<int64_t> sizes = split.shape(x);
+  if (sample_dims < 0) return {y, empty(x, sizes, preserved_layout(x), type)};
+  sizes.resize(sample_dims);
+  std::vector<int64_t> logical(sample_dims);
+  std::iota(logical.begin(), logical.end(), int64_t(0));
+  return {y, empty(x, sizes, logical, type)};
+}
+
+// False where the caller has to copy its tensors first.
+template <class Backend>
+bool run_affine(const Tensor& x, const Strided& scale, const Strided& shift, const Split& split,
+                const AffineArguments& how, const Tensor& y, const Tensor& logdet) {
+  AffineCall<kForwardOperands> call{};
+  if (!affine::make_call<kForwardOperands>({split.part_of(x), scale, shift, logdet, split.part_of(y)}, kLogdet, how,
+                                           call))
+    return false;
+  if (logdet.scalar_type() == ScalarType::Double)
+    Backend::template forward<double>(call, x);
+  else
+    Backend::template forward<float>(call, x);
+  split.copy_others(x, y);
+  return true;
+}
+
+template <class Backend>
+bool run_affine_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Strided& scale,
+                         const Strided& shift, const Split& split, const AffineArguments& how, const Tensor& grad_x,
+                         const Strided& grad_scale, const Strided& grad_shift) {
+  AffineCall<kBackwardOperands> call{};
+  if (!affine::make_call<kBackwardOperands>({split.part_of(grad_y), grad_logdet, split.part_of(x), scale, shift,
+                                             grad_scale, grad_shift, split.part_of(grad_x)},
+                                            kGradLogdet, how, call))
+    return false;
+  if (x.scalar_type() == ScalarType::Double)
+    Backend::template backward<double>(call, x);
+  else
+    Backend::template backward<float>(call, x);
+  split.copy_others(grad_y, grad_x);
+  return true;
+}
+
+// ---- operators ----
+
 template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift, bool inverse, std::string activation,
                                            double clamp, bool shift_first, int64_t sample_dims) {
   const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
-  affine::check_inputs(x, scale, shift, sample_dims);
-  const Tensor y = affine::empty_as(x, x.scalar_type());
-  std::vector<int64_t> logical(std::max<int64_t>(sample_dims, 0));
-  std::iota(logical.begin(), logical.end(), int64_t(0));
-  const ScalarType type = logdet_type(x);
-  const Tensor logdet = sample_dims < 0 ? affine::empty_as(x, type) : empty(x, sizes_of(x, sample_dims), logical, type);
-  AffineCall<kForwardOperands> call{};
-  if (!affine::make_call<kForwardOperands>({&x, &scale, &shift, &logdet, &y}, kLogdet, how, call)) {
+  const Split split;
+  affine::check_pair(x, scale, shift, how);
+  auto [y, logdet] = affine_outputs(x, split, sample_dims);
+  if (!run_affine<Backend>(x, scale, shift, split, how, y, logdet)) {
     const auto [dense_y, dense_logdet] = affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift),
                                                                   inverse, activation, clamp, shift_first, sample_dims);
-    Tensor into_y = y, into_logdet = logdet;
-    copy_(into_y, dense_y);
-    copy_(into_logdet, dense_logdet);
-    return {y, logdet};
+    copy_(y, dense_y);
+    copy_(logdet, dense_logdet);
   }
-  if (type == ScalarType::Double)
-    Backend::template forward<double>(call, x);
-  else
-    Backend::template forward<float>(call, x);
+  return {y, logdet};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, bool inverse, std::string activation,
+                                                  double clamp, bool shift_first, bool shift_leads,
+                                                  std::vector<int64_t> split, int64_t sample_dims) {
+  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+  const affine::Packing packing(params, shift_leads, activation == "none");
+  const Split channels = affine::checked_split(x, params, packing, split, how);
+  auto [y, logdet] = affine_outputs(x, channels, sample_dims);
+  const Strided all = params;
+  if (!run_affine<Backend>(x, all.of_last(packing.scale), all.of_last(packing.shift), channels, how, y, logdet)) {
+    const auto [dense_y, dense_logdet] = affine_coupling_packed<Backend>(
+        contiguous(x), contiguous(params), inverse, activation, clamp, shift_first, shift_leads, split, sample_dims);
+    copy_(y, dense_y);
+    copy_(logdet, dense_logdet);
+  }
   return {y, logdet};
 }
 
@@ -134,37 +218,54 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
                                                             Tensor shift, bool inverse, std::string activation,
                                                             double clamp, bool shift_first, int64_t sample_dims) {
   const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
-  affine::check_inputs(x, scale, shift, sample_dims);
-  affine::check_companion("grad_y", grad_y, x, x.dim());
-  affine::check_companion("grad_logdet", grad_logdet, x, sample_dims < 0 ? x.dim() : sample_dims);
-  require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
-          "affine_coupling: gradients must have the dtypes of the outputs");
+  const Split split;
+  affine::check_pair(x, scale, shift, how);
+  affine::check_gradients(grad_y, grad_logdet, x, split, sample_dims);
   const Tensor of_logdet = sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
-  const Tensor grad_x = affine::empty_as(x, x.scalar_type());
-  const Tensor grad_scale = affine::empty_as(scale, scale.scalar_type());
-  const Tensor grad_shift = affine::empty_as(shift, shift.scalar_type());
-  AffineCall<kBackwardOperands> call{};
-  if (!affine::make_call<kBackwardOperands>(
-          {&grad_y, &of_logdet, &x, &scale, &shift, &grad_scale, &grad_shift, &grad_x}, kGradLogdet, how, call)) {
+  Tensor grad_x = affine::empty_as(x, x.scalar_type());
+  Tensor grad_scale = affine::empty_as(scale, scale.scalar_type());
+  Tensor grad_shift = affine::empty_as(shift, shift.scalar_type());
+  if (!run_affine_backward<Backend>(grad_y, of_logdet, x, scale, shift, split, how, grad_x, grad_scale, grad_shift)) {
     const auto [dense_x, dense_scale, dense_shift] =
         affine_coupling_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale),
                                           contiguous(shift), inverse, activation, clamp, shift_first, sample_dims);
-    Tensor into_x = grad_x, into_scale = grad_scale, into_shift = grad_shift;
-    copy_(into_x, dense_x);
-    copy_(into_scale, dense_scale);
-    copy_(into_shift, dense_shift);
-    return {grad_x, grad_scale, grad_shift};
+    copy_(grad_x, dense_x);
+    copy_(grad_scale, dense_scale);
+    copy_(grad_shift, dense_shift);
   }
-  if (x.scalar_type() == ScalarType::Double)
-    Backend::template backward<double>(call, x);
-  else
-    Backend::template backward<float>(call, x);
   return {grad_x, grad_scale, grad_shift};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor params,
+                                                           bool inverse, std::string activation, double clamp,
+                                                           bool shift_first, bool shift_leads,
+                                                           std::vector<int64_t> split, int64_t sample_dims) {
+  require(activation != "none", "affine_coupling: an additive coupling needs no kernel for its gradients");
+  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+  const affine::Packing packing(params, shift_leads, false);
+  const Split channels = affine::checked_split(x, params, packing, split, how);
+  affine::check_gradients(grad_y, grad_logdet, x, channels, sample_dims);
+  const Tensor of_logdet = sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
+  Tensor grad_x = affine::empty_as(x, x.scalar_type()), grad_params = affine::empty_as(params, params.scalar_type());
+  const Strided all = params, grads = grad_params;
+  if (!run_affine_backward<Backend>(grad_y, of_logdet, x, all.of_last(packing.scale), all.of_last(packing.shift),
+                                    channels, how, grad_x, grads.of_last(packing.scale),
+                                    grads.of_last(packing.shift))) {
+    const auto [dense_x, dense_params] = affine_coupling_packed_backward<Backend>(
+        contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(params), inverse, activation, clamp,
+        shift_first, shift_leads, split, sample_dims);
+    copy_(grad_x, dense_x);
+    copy_(grad_params, dense_params);
+  }
+  return {grad_x, grad_params};
 }
 
 }  // namespace pyperf::coupling
 
 // Registers the affine operators for one dispatch key.
-#define PYPERF_IMPLEMENT_AFFINE_COUPLING(m, Backend)                                  \
-  m.impl("affine_coupling", TORCH_BOX((pyperf::coupling::affine_coupling<Backend>))); \
-  m.impl("affine_coupling_backward", TORCH_BOX((pyperf::coupling::affine_coupling_backward<Backend>)))
+#define PYPERF_IMPLEMENT_AFFINE_COUPLING(m, Backend)                                                    \
+  m.impl("affine_coupling", TORCH_BOX((pyperf::coupling::affine_coupling<Backend>)));                   \
+  m.impl("affine_coupling_packed", TORCH_BOX((pyperf::coupling::affine_coupling_packed<Backend>)));     \
+  m.impl("affine_coupling_backward", TORCH_BOX((pyperf::coupling::affine_coupling_backward<Backend>))); \
+  m.impl("affine_coupling_packed_backward", TORCH_BOX((pyperf::coupling::affine_coupling_packed_backward<Backend>)))

@@ -5,8 +5,9 @@
 
     compiling                              the registered operator, which the compiler sees as one node
     a torch.func transform, forward AD     an autograd.Function with vmap and jvp rules over the raw operator
+    a tensor subclass or a dispatch mode   the registered operator, whose autograd kernel is that same Function
     no gradient wanted                     the raw operator, below autograd
-    otherwise                              the registered operator, whose autograd kernel is that same Function
+    otherwise                              an autograd.Function without those rules, which costs half as much
 """
 
 from __future__ import annotations
@@ -104,10 +105,11 @@ class Operator:
             return registered.function.apply(*args)
         if type(first) not in _PLAIN or _len_torch_dispatch_stack():
             _register_late()
-        elif not (torch.is_grad_enabled() and _any_requires_grad(args, self.tensors)):
-            with _Excluding(_AUTOGRAD):
-                return registered.op(*args)
-        return registered.op(*args)
+            return registered.op(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(args, self.tensors):
+            return registered.plain_function.apply(*args)
+        with _Excluding(_AUTOGRAD):
+            return registered.op(*args)
 
     @property
     def triton(self) -> _Registered:
@@ -142,6 +144,7 @@ class _Registered:
     def __init__(self, operator: Operator, name: str) -> None:
         self.op = getattr(torch.ops.pyperf_dl, name).default
         self.function = _function(operator, self.op)
+        self.plain_function = _plain_function(operator, self.op)
         qualified = f"pyperf_dl::{name}"
         torch.library.register_fake(qualified, operator.fake, lib=_library, allow_override=True)
         _library.impl(name, _autograd_kernel(operator, self.op, self.function), "Autograd")
@@ -154,6 +157,18 @@ class _Registered:
             _unregistered_sharding.append((operator, self.op))
 
 
+def _remember(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.statics = inputs[operator.tensors :]
+    if operator.save is not None:
+        operator.save(ctx, inputs, output)
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*(t for t in outputs if not (t.is_floating_point() and operator.backward)))
+
+
+def _pulled_back(operator: Operator, ctx: Any, *grads: torch.Tensor) -> Any:
+    return (*operator.backward(ctx, *grads), *([None] * len(ctx.statics)))
+
+
 def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
     class OperatorFunction(torch.autograd.Function):
         @staticmethod
@@ -163,17 +178,11 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.statics = inputs[operator.tensors :]
-            if operator.save is not None:
-                operator.save(ctx, inputs, output)
-            outputs = output if isinstance(output, tuple) else (output,)
-            whole = [t for t in outputs if not t.is_floating_point()] if operator.backward else list(outputs)
-            ctx.mark_non_differentiable(*whole)
+            _remember(operator, ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            gradients = operator.backward(ctx, *grads)
-            return (*gradients, *([None] * len(ctx.statics)))
+            return _pulled_back(operator, ctx, *grads)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -185,6 +194,23 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
     OperatorFunction.__name__ = OperatorFunction.__qualname__ = f"{operator.name}_function"
     return OperatorFunction
+
+
+def _plain_function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
+    class PlainFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with _Excluding(_AUTOGRAD):
+                output = op(*args)
+            _remember(operator, ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            return _pulled_back(operator, ctx, *grads)
+
+    PlainFunction.__name__ = PlainFunction.__qualname__ = f"{operator.name}_function"
+    return PlainFunction
 
 
 def _autograd_kernel(operator: Operator, op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:

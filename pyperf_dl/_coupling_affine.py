@@ -11,7 +11,7 @@ import torch
 
 from . import _checks
 from ._autograd import Operator
-from ._coupling_spline import DTYPES, HALF_DTYPES, _arranged, _like, _number
+from ._coupling_spline import DTYPES, HALF_DTYPES, _arranged, _checked_parameters, _like, _number, checked_companion
 from .reference import coupling as reference
 
 ACTIVATIONS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
@@ -22,52 +22,75 @@ ORDERS = ("scale_shift", "shift_scale")
 # ---- operators: shapes, derivatives, batching, sharding ----
 
 # statics: inverse, activation, clamp, shift_first, sample_dims
+# packed:  inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
 
 
-def _fake_forward(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
+def _fake_forward(x, scale, shift, *statics):
+    return _fake_outputs(x, list(x.shape), statics[-1])
+
+
+def _fake_packed_forward(x, params, *statics):
+    *_, split, sample_dims = statics
+    return _fake_outputs(x, list(params.shape[:-1] if split else x.shape), sample_dims)
+
+
+def _fake_outputs(x, transformed, sample_dims):
     dtype = reference.logdet_dtype(x)
-    return _like(x), _like(x, dtype) if sample_dims < 0 else x.new_empty(x.shape[:sample_dims], dtype=dtype)
+    if sample_dims >= 0:
+        return _like(x), x.new_empty(transformed[:sample_dims], dtype=dtype)
+    return _like(x), _like(x, dtype, transformed)
 
 
-def _fake_backward(grad_y, grad_logdet, x, scale, shift, *statics):
-    return _like(x), _like(scale), _like(shift)
+def _fake_backward(grad_y, grad_logdet, *tensors_and_statics):
+    return tuple(_like(t) for t in tensors_and_statics if isinstance(t, torch.Tensor))
 
 
-def _saved(ctx, inputs, output):
-    if inputs[4] == "none":  # the derivative does not depend on them
-        ctx.shift_dtype = inputs[2].dtype
-    else:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
+def _save(tensors: int) -> Any:
+    def save(ctx, inputs, output):
+        if inputs[tensors + 1] == "none":  # its derivative does not depend on them
+            ctx.zeros = [
+                functools.partial(torch.zeros, t.shape, dtype=t.dtype, device=t.device) for t in inputs[:tensors]
+            ]
+            return
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.save_for_forward(*inputs[:tensors])
 
-
-def _saved_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.save_for_forward(*inputs[:5])
+    return save
 
 
 def _gradients(ctx, grad_y, grad_logdet):
     inverse, activation = ctx.statics[:2]
-    if activation == "none":
-        return grad_y, None, (-grad_y if inverse else grad_y).to(ctx.shift_dtype)
-    return _backward(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.statics)
+    if activation != "none":
+        return _backward(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.statics)
+    return grad_y, None, (-grad_y if inverse else grad_y).to(ctx.zeros[2].keywords["dtype"])
 
 
-def _tangents(ctx, *tangents):
-    if ctx.statics[1] != "none":
-        return reference.pushed_forward(_function(reference.affine_coupling, ctx), ctx.saved_tensors, tangents)
-    x, _, shift = tangents
-    if shift is not None:
-        shift = -shift if ctx.statics[0] else shift
-    tangent = shift if x is None else x if shift is None else x + shift
-    if tangent is None:  # of the scale alone, which does nothing
-        return None, None
-    like = _fake_forward(tangent, None, None, *ctx.statics)[1]
-    return tangent, torch.zeros_like(like)
+def _packed_gradients(ctx, grad_y, grad_logdet):
+    inverse, activation, *_, split, _ = ctx.statics
+    if activation != "none":
+        return _packed_backward(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.statics)
+    zeros = ctx.zeros[1]
+    part = reference.part_of(grad_y, split, zeros.args[0][split[0]]) if split else grad_y
+    return grad_y, (-part if inverse else part).unsqueeze(-1).to(zeros.keywords["dtype"])
 
 
-def _function(function, ctx):
-    return lambda *inputs: function(*inputs, *ctx.statics)
+def _by_reference(function: Any) -> dict[str, Any]:
+    """Derivatives of an operator as those of its reference."""
+
+    def of(ctx: Any) -> Any:
+        return lambda *inputs: function(*inputs, *ctx.statics)
+
+    def jvp(ctx, *tangents):
+        if ctx.statics[1] != "none":
+            return reference.pushed_forward(of(ctx), ctx.saved_tensors, tangents)
+        tangents = (zeros() if t is None else t for t, zeros in zip(tangents, ctx.zeros, strict=True))
+        return of(ctx)(*tangents)  # it is linear
+
+    return {
+        "reference": function,
+        "backward": lambda ctx, *grads: torch.func.vjp(of(ctx), *ctx.saved_tensors)[1](grads),
+        "jvp": jvp,
+    }
 
 
 def _batched(*args):
@@ -75,51 +98,63 @@ def _batched(*args):
     return (*args[:-1], args[-1] if args[-1] < 0 else args[-1] + 1)
 
 
+def _batched_packed(*args):
+    *rest, split, sample_dims = args
+    return (*rest, [split[0] + 1, *split[1:]] if split else split, sample_dims if sample_dims < 0 else sample_dims + 1)
+
+
 def _sample_dims(*args):
     """Dimensions in front, along which tensors may be sharded: all of them where nothing is summed."""
     return range(len(args[0].shape) if args[-1] < 0 else args[-1])
 
 
-def _operations(per_element: int, x_at: int) -> Any:
+def _packed_sample_dims(*args):
+    split = args[-2]
+    return [d for d in _sample_dims(*args) if not split or d != split[0]]
+
+
+def _operations(per_element: int, activation_at: int) -> Any:
     """About so many additions and multiplications; an exponential counts as twelve."""
 
     def count(*args, out_shape=None, **kwargs):
-        return math.prod(args[x_at]) * (1 if args[-4] == "none" else per_element)
+        transformed = args[activation_at - 2]  # the shape of the last parameters
+        return math.prod(transformed) * (1 if args[activation_at] == "none" else per_element)
 
     return count
 
 
 _LAUNCH = "pyperf_dl._launch.coupling"
 
-_backward = Operator(
-    "affine_coupling_backward",
-    tensors=5,
-    launch=f"{_LAUNCH}:affine_coupling_backward",
-    fake=_fake_backward,
-    reference=reference.affine_coupling_backward,
-    save=_saved_backward,
-    backward=lambda ctx, *grads: torch.func.vjp(_function(reference.affine_coupling_backward, ctx), *ctx.saved_tensors)[
-        1
-    ](grads),
-    jvp=lambda ctx, *tangents: reference.pushed_forward(
-        _function(reference.affine_coupling_backward, ctx), ctx.saved_tensors, tangents
-    ),
-    batch=_batched,
-    shard=_sample_dims,
-    flops=_operations(50, 2),
-)
-_coupling = Operator(
-    "affine_coupling",
-    tensors=3,
-    launch=f"{_LAUNCH}:affine_coupling",
-    fake=_fake_forward,
-    reference=reference.affine_coupling,
-    save=_saved,
-    backward=_gradients,
-    jvp=_tangents,
-    batch=_batched,
-    shard=_sample_dims,
-    flops=_operations(40, 0),
+
+def _operators(name: str, tensors: int, fake: Any, gradients: Any, batch: Any, shard: Any) -> tuple[Operator, Operator]:
+    """The forward and the backward of one way to pass parameters."""
+    common: dict[str, Any] = {"batch": batch, "shard": shard}
+    backward = Operator(
+        f"{name}_backward",
+        tensors=tensors + 2,
+        launch=f"{_LAUNCH}:{name}_backward",
+        fake=_fake_backward,
+        save=_save(tensors + 2),
+        flops=_operations(50, tensors + 3),
+        **_by_reference(getattr(reference, f"{name}_backward")),
+        **common,
+    )
+    forward = Operator(
+        name,
+        tensors=tensors,
+        launch=f"{_LAUNCH}:{name}",
+        fake=fake,
+        save=_save(tensors),
+        flops=_operations(40, tensors + 1),
+        **_by_reference(getattr(reference, name)) | {"backward": gradients},
+        **common,
+    )
+    return forward, backward
+
+
+_coupling, _backward = _operators("affine_coupling", 3, _fake_forward, _gradients, _batched, _sample_dims)
+_packed, _packed_backward = _operators(
+    "affine_coupling_packed", 2, _fake_packed_forward, _packed_gradients, _batched_packed, _packed_sample_dims
 )
 
 # ---- arguments ----
@@ -159,22 +194,18 @@ def _planned_once(*arguments: Any) -> tuple[float, bool]:
         return _plan(*arguments)
 
 
-def _parameter(op: str, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+def _parameter(op: str, name: str, value: Any, x: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+    """`value` with the shape of x, or of the part of x that is transformed."""
     _checks.strided_tensor(op, name, value, DTYPES)
-    if value.dtype != x.dtype and not (x.dtype == torch.float32 and value.dtype in HALF_DTYPES):
-        raise TypeError(
-            f"{op}: {name} must have x's dtype, or float16 or bfloat16 beside a float32 x; got {value.dtype} for x "
-            f"{x.dtype}"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {value.device}")
-    if value.shape == x.shape:
+    checked_companion(op, name, value, x)
+    shape = x.shape if shape is None else shape
+    if value.shape == shape:
         return value
     try:
-        return value.expand(x.shape)
+        return value.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"{op}: {name} must have x's shape or broadcast to it, got {list(value.shape)} for x {list(x.shape)}"
+            f"{op}: {name} must have x's shape or broadcast to it, got {list(value.shape)} for x {list(shape)}"
         ) from None
 
 
@@ -186,6 +217,25 @@ def _sum_arranged(
     # The permutation for splines, whose parameters have a dimension more.
     x, moved, sample_dims, back = _arranged(op, x, [p.unsqueeze(-1) for p in parameters], logdet, sum_dims)
     return x, [p.squeeze(-1) for p in moved], sample_dims, back
+
+
+def _split(op: str, channels: Any, x: Any) -> tuple[torch.Size, list[int]]:
+    """The shape of what is transformed, and the operator's split."""
+    _checks.strided_tensor(op, "x", x, DTYPES)
+    if channels is None:
+        return x.shape, []
+    if not isinstance(channels, slice):
+        raise TypeError(f"{op}: channels must be a slice of dim 1 of x, or None, got {_checks.described(channels)}")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: channels needs an x of at least 2 dimensions, got {_checks.described(x)}")
+    try:
+        first, last, step = channels.indices(int(x.shape[1]))
+    except (TypeError, ValueError):
+        step = 0
+    if step < 1:
+        raise ValueError(f"{op}: channels must be a slice of ints with a step >= 1, got {channels}")
+    count = len(range(first, last, step))
+    return torch.Size((x.shape[0], count, *x.shape[2:])), [1, first, step]
 
 
 def _centred(scale: torch.Tensor, x: torch.Tensor, activation: str, clamp: float, sample_dims: int) -> torch.Tensor:
@@ -275,10 +325,65 @@ def affine_coupling(
     return (y if back is None else y.permute(back)), total
 
 
+def affine_coupling_packed(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    *,
+    channels: slice | None = None,
+    parameters: str = "scale_shift",
+    inverse: bool = False,
+    activation: str = "exp",
+    clamp: float | None = None,
+    order: str = "scale_shift",
+    logdet: str = "sum",
+    sum_dims: int | Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`affine_coupling` with both parameters in one tensor, as a conditioner gives them, of some channels of x.
+
+    Args:
+        x: [B, C, ...]; without `channels` any shape.
+        params: [*x.shape, 2], or [B, C', ..., 2] for C' `channels`; or what broadcasts to it. Any strides: halves and
+            interleaved parameters are views of that shape. Its gradient is one tensor, laid out alike.
+        channels: the slice of dim 1 that is transformed, of a step >= 1. The others are copied to y, and their gradient
+            to x. By default all of x is transformed.
+        parameters: ``"scale_shift"`` or ``"shift_scale"``: which comes first in params.
+
+    The other arguments, results and errors are those of :func:`affine_coupling`.
+
+    >>> x, params = torch.randn(8, 6), torch.randn(8, 2 * 3)  # halves: scales of 3 channels, then shifts
+    >>> params = params.view(8, 2, 3).transpose(1, 2)
+    >>> y, logdet = pyperf_dl.affine_coupling_packed(x, params, channels=slice(3, None), activation="tanh")
+    >>> torch.equal(y[:, :3], x[:, :3]), logdet.shape
+    (True, torch.Size([8]))
+    """
+    op = "affine_coupling_packed"
+    bound, shift_first = _planned_once(op, inverse, activation, clamp, order, False, logdet)
+    _checks.choice(op, "parameters", parameters, ORDERS)
+    shape, split = _split(op, channels, x)
+    params = _checked_parameters(op, "params", params, x, shape)
+    if params.shape[-1] != 2:
+        raise ValueError(
+            f"{op}: params must have 2 in the last dimension, a scale and a shift, got {list(params.shape)}"
+        )
+    how = (inverse, activation, bound, shift_first, parameters == "shift_scale")
+    return _packed_call(op, x, params, how, split, logdet, sum_dims)
+
+
+def _packed_call(
+    op: str, x: torch.Tensor, params: torch.Tensor, how: tuple[Any, ...], split: list[int], logdet: str, sum_dims: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, (params,), sample_dims, back = _arranged(op, x, [params], logdet, sum_dims)
+    if back is not None and split:
+        split[0] = back[1]
+    y, total = _packed(x, params, *how, split, sample_dims)
+    return (y if back is None else y.permute(back)), total
+
+
 def additive_coupling(
     x: torch.Tensor,
     shift: torch.Tensor,
     *,
+    channels: slice | None = None,
     inverse: bool = False,
     logdet: str = "sum",
     sum_dims: int | Sequence[int] | None = None,
@@ -288,6 +393,7 @@ def additive_coupling(
     Args:
         x: float16, bfloat16, float32 or float64, any shape and strides.
         shift: t, x's shape or what broadcasts to it; x's dtype, or float16 or bfloat16 beside a float32 x. Any strides.
+        channels: the slice of dim 1 of x [B, C, ...] that is shifted, for a shift [B, C', ...]; the others are copied.
         inverse: ``x = y - t``.
         logdet: ``"sum"`` over all dimensions but the first, or ``"elementwise"``.
         sum_dims: the dimensions to sum over, instead.
@@ -307,8 +413,6 @@ def additive_coupling(
     op = "additive_coupling"
     _checks.flag(op, "inverse", inverse)
     _checks.choice(op, "logdet", logdet, ("sum", "elementwise"))
-    _checks.strided_tensor(op, "x", x, DTYPES)
-    shift = _parameter(op, "shift", shift, x)
-    x, (shift,), sample_dims, back = _sum_arranged(op, x, (shift,), logdet, sum_dims)
-    y, total = _coupling(x, shift, shift, inverse, "none", 0.0, False, sample_dims)
-    return (y if back is None else y.permute(back)), total
+    shape, split = _split(op, channels, x)
+    shift = _parameter(op, "shift", shift, x, shape)
+    return _packed_call(op, x, shift.unsqueeze(-1), (inverse, "none", 0.0, False, False), split, logdet, sum_dims)

@@ -24,13 +24,13 @@ _STATICS = 9
 _SAMPLE_DIMS = -2
 
 
-def _like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _like(t: torch.Tensor, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
     """An empty tensor whose dimensions lie in memory in the order of those of t (csrc: preserved_layout)."""
     layout = list(range(t.dim()))
     expanded = any(t.stride(d) == 0 and t.shape[d] != 1 for d in layout)
     if not t.is_contiguous() and not expanded:
         layout = sorted(layout, key=lambda d: -t.stride(d))
-    return torch.empty_permuted(t.shape, layout, dtype=dtype or t.dtype, device=t.device)
+    return torch.empty_permuted(t.shape if shape is None else shape, layout, dtype=dtype or t.dtype, device=t.device)
 
 
 def _fake_forward(x, *rest):
@@ -236,8 +236,28 @@ def _planned(*arguments: Any) -> _How:
     return (_cached_plan if plain else _plan)(*arguments)
 
 
-def _checked_parameters(op: str, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+def _checked_parameters(
+    op: str, name: str, value: Any, x: torch.Tensor, shape: Sequence[int] | None = None
+) -> torch.Tensor:
+    """`value` with the shape of x, or of the part of x that is transformed, and one dimension more."""
     _checks.strided_tensor(op, name, value, DTYPES)
+    checked_companion(op, name, value, x)
+    if value.dim() == 0:
+        raise ValueError(f"{op}: {name} must have a last dimension of parameters, got {_checks.described(value)}")
+    shape = x.shape if shape is None else shape
+    if value.shape[:-1] == shape:
+        return value
+    try:
+        return value.expand(*shape, value.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: {name} must have shape [*x.shape, parameters] or broadcast to it, got {list(value.shape)} for x "
+            f"{list(shape)}"
+        ) from None
+
+
+def checked_companion(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises where a parameter's dtype or device does not go with x."""
     if value.dtype != x.dtype and not (x.dtype == torch.float32 and value.dtype in HALF_DTYPES):
         raise TypeError(
             f"{op}: {name} must have x's dtype, or float16 or bfloat16 beside a float32 x; got {value.dtype} for x "
@@ -245,17 +265,6 @@ def _checked_parameters(op: str, name: str, value: Any, x: torch.Tensor) -> torc
         )
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {value.device}")
-    if value.dim() == 0:
-        raise ValueError(f"{op}: {name} must have a last dimension of parameters, got {_checks.described(value)}")
-    if value.shape[:-1] == x.shape:
-        return value
-    try:
-        return value.expand(*x.shape, value.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: {name} must have shape [*x.shape, parameters] or broadcast to it, got {list(value.shape)} for x "
-            f"{list(x.shape)}"
-        ) from None
 
 
 def _arranged(

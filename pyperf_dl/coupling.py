@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._coupling_affine import additive_coupling, affine_coupling
+from ._coupling_affine import additive_coupling, affine_coupling, affine_coupling_packed
 from ._coupling_channels import actnorm, invertible_conv1x1
 from ._coupling_modules import ActNorm, AdditiveCoupling, AffineCoupling, Flow, InvertibleConv1x1, SplineCoupling
 from ._coupling_spline import rational_quadratic_spline, rational_quadratic_spline_packed
@@ -17,6 +17,7 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "affine_coupling_packed",
     "invertible_conv1x1",
     "rational_quadratic_spline",
     "rational_quadratic_spline_packed",

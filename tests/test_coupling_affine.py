@@ -468,6 +468,134 @@ def test_freia(block, name, activation, inverse):
         torch.testing.assert_close(total, logdet)
 
 
+# ---- packed parameters, and some of the channels ----
+
+CHANNELS = [None, slice(0, 3), slice(3, None), slice(0, None, 2), slice(1, 5, 3), slice(-2, None), slice(2, 2)]
+
+
+def packed_sample(shape, channels, layout, dtype=torch.float64):
+    """x, and parameters as a conditioner's output of that layout and the view of it."""
+    count = shape[1] if channels is None else len(range(shape[1])[channels])
+    x, first, second = sample(shape, dtype)
+    pair = torch.stack([first[:, :count], second[:, :count]], 1 if layout == "halves" else -1)
+    pair = pair.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and x.dim() == 3 else pair
+    leaves = [t.detach().requires_grad_() for t in (x, pair)]
+    return leaves, leaves[1].movedim(1, -1) if layout == "halves" else leaves[1]
+
+
+def by_parts(x, params, channels, parameters, **how):
+    """What the packed operator is to do, by the other one."""
+    at = slice(None) if channels is None else channels
+    scale_at = ORDERS.index(parameters)
+    part, logdet = affine_coupling(x[:, at], params[..., scale_at], params[..., 1 - scale_at], **how)
+    y = x.clone()
+    y[:, at] = part
+    return y, logdet
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved", "channels_last"])
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 6), (3, 7, 4), (2, 6, 3, 5), (2, 130)], ids=str)
+def test_packed_parameters_of_some_channels(shape, channels, layout):
+    leaves, params = packed_sample(shape, channels, layout)
+    for inverse, parameters, how in itertools.product(
+        BOTH, ORDERS, ({"logdet": "elementwise"}, {}, {"sum_dims": 0}, {"sum_dims": (-1, 1)} if len(shape) > 2 else {})
+    ):
+        how = how | {"inverse": inverse, "activation": "tanh", "order": "shift_scale"}
+        got = pyperf_dl.affine_coupling_packed(leaves[0], params, channels=channels, parameters=parameters, **how)
+        want = by_parts(leaves[0], params, channels, parameters, **how)
+        assert_same([t.detach() for t in got], [t.detach() for t in want])
+        weights = [torch.randn_like(t) for t in got]
+        assert_same(*(torch.autograd.grad(out, leaves, weights) for out in (got, want)))
+        with pyperf_dl.backend("reference"):
+            plain = pyperf_dl.affine_coupling_packed(leaves[0], params, channels=channels, parameters=parameters, **how)
+        torch.testing.assert_close(got, plain)
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_additive_coupling_of_some_channels(channels):
+    leaves, params = packed_sample((4, 6, 3), channels, "interleaved")
+    shift = params[..., 0]
+    y, logdet = additive_coupling(leaves[0], shift, channels=channels)
+    want = leaves[0].clone()
+    want[:, slice(None) if channels is None else channels] += shift
+    assert_same([y.detach()], [want.detach()])
+    assert torch.equal(logdet, torch.zeros(4, dtype=torch.float64))
+    assert_same(*(torch.autograd.grad(out, leaves, leaves[0].detach().clone()) for out in (y, want)))
+    back, _ = additive_coupling(y, shift, channels=channels, inverse=True)
+    torch.testing.assert_close(back, leaves[0])
+
+
+def test_packed_gradients_keep_the_layout():
+    """A permuted convolution output gets its gradient without a copy."""
+    x, raw = torch.randn(2, 8, 4, 4), torch.randn(2, 2, 4, 4, 4)
+    params = raw.movedim(1, -1)
+    y, logdet = ops.affine_coupling_packed(x, params, False, "exp", 0.0, False, False, [1, 4, 1], 1)
+    grads = ops.affine_coupling_packed_backward(y, logdet, x, params, False, "exp", 0.0, False, False, [1, 4, 1], 1)
+    assert grads[1].stride() == params.stride()
+
+
+def test_packed_channels_last():
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    y, logdet = pyperf_dl.affine_coupling_packed(
+        x, torch.randn(2, 4, 4, 4, 2), channels=slice(4, None), logdet="elementwise"
+    )
+    assert y.stride() == x.stride()
+    assert logdet.shape == (2, 4, 4, 4)
+
+
+def test_packed_gradcheck():
+    for channels in CHANNELS[:4]:
+        leaves, _ = packed_sample((2, 6), channels, "interleaved")
+        call = lambda x, p: pyperf_dl.affine_coupling_packed(x, p, channels=channels, activation="atan")  # noqa: B023, E731
+        assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+PACKED_BAD = [
+    (TypeError, "params must be a torch.Tensor, got None", {"params": None}),
+    (ValueError, r"params must have 2 in the last dimension, .* got \[4, 3, 3\]", {"params": torch.zeros(4, 3, 3)}),
+    (ValueError, "params must have a last dimension", {"params": torch.tensor(0.0)}),
+    (ValueError, r"params must have shape .* got \[4, 3, 2\] for x \[4, 4\]", {"channels": slice(2, None)}),
+    (TypeError, "channels must be a slice of dim 1 of x, or None, got 3", {"channels": 3}),
+    (ValueError, "channels must be a slice of ints with a step >= 1", {"channels": slice(None, None, -1)}),
+    (ValueError, "channels must be a slice of ints with a step >= 1", {"channels": slice("a", None)}),
+    (ValueError, "channels needs an x of at least 2 dimensions", {"x": torch.zeros(4), "channels": slice(1)}),
+    (ValueError, "parameters must be one of 'scale_shift', 'shift_scale', got 'scale'", {"parameters": "scale"}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), PACKED_BAD, ids=[m for _, m, _ in PACKED_BAD])
+def test_bad_packed_input(error, message, change):
+    good = {"x": torch.zeros(4, 6), "params": torch.zeros(4, 3, 2), "channels": slice(3, None)}
+    with pytest.raises(error, match=f"affine_coupling_packed: {message}"):
+        pyperf_dl.affine_coupling_packed(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("message", "params", "split"),
+    [
+        ("params must have 2 in the last dimension", torch.zeros(4, 6, 1), []),
+        ("params has a shape", torch.zeros(4, 3, 2), []),
+        ("params has a shape", torch.zeros(3, 3, 2), [1, 0, 1]),
+        ("params must have the dimensions of x and one more", torch.zeros(6, 2), []),
+        ("split must be a dimension of x", torch.zeros(4, 3, 2), [1, 0]),
+        ("split must be a dimension of x", torch.zeros(4, 3, 2), [2, 0, 1]),
+        ("split must lie in x", torch.zeros(4, 3, 2), [1, 4, 1]),
+        ("split must lie in x", torch.zeros(4, 3, 2), [1, -1, 1]),
+        ("split must lie in x", torch.zeros(4, 3, 2), [1, 0, 0]),
+        ("split must lie in x", torch.zeros(4, 3, 2), [1, 0, 2**62]),
+        ("split must lie in x", torch.zeros(4, 3, 2), [1, 2**62, 1]),
+    ],
+)
+def test_raw_packed_operators_are_memory_safe(message, params, split):
+    x, how = torch.zeros(4, 6), (False, "exp", 0.0, False, False)
+    with pytest.raises(RuntimeError, match=message):
+        ops.affine_coupling_packed(x, params, *how, split, 1)
+    with pytest.raises(RuntimeError, match=message):
+        ops.affine_coupling_packed_backward(x, torch.zeros(4), x, params, *how, split, 1)
+
+
 # ---- derivatives and transforms ----
 
 
@@ -548,6 +676,54 @@ def test_transforms(name):
     torch.testing.assert_close(TRANSFORMS[name](ours), TRANSFORMS[name](plain))
 
 
+def packed(call):
+    """The same function of (x, u, t) through packed parameters of some channels, beside which others pass."""
+
+    def f(x, u, t):
+        y, logdet = call(torch.cat([t, x, u], -1), torch.stack([u, t], -1))
+        return y, logdet
+
+    return f
+
+
+def plain_packed(x, params):
+    split = [x.dim() - 1, 3, 1]
+    return reference.affine_coupling_packed(x, params, False, "tanh", 2.0, False, False, split, x.dim() - 1)
+
+
+def our_packed(x, params):
+    if x.dim() < 2:  # one sample of a batch
+        y, logdet = our_packed(x[None], params[None])
+        return y[0], logdet[0]
+    return pyperf_dl.affine_coupling_packed(x, params, channels=slice(3, 6), activation="tanh")
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_packed(name):
+    torch.testing.assert_close(TRANSFORMS[name](packed(our_packed)), TRANSFORMS[name](packed(plain_packed)))
+
+
+def plain_packed_shift(x, params):
+    split = [x.dim() - 1, 3, 1]
+    return reference.affine_coupling_packed(x, params[..., 1:], True, "none", 0.0, False, False, split, x.dim() - 1)
+
+
+def our_packed_shift(x, params):
+    if x.dim() < 2:
+        y, logdet = our_packed_shift(x[None], params[None])
+        return y[0], logdet[0]
+    return additive_coupling(x, params[..., 1], channels=slice(3, 6), inverse=True)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_additive_channels(name):
+    got, want = (TRANSFORMS[name](packed(f)) for f in (our_packed_shift, plain_packed_shift))
+    flat = lambda tree: [v for v in torch.utils._pytree.tree_leaves(tree) if v is not None]  # noqa: E731
+    if name == "dual tensors":  # no tangent is one of zeros
+        got, want = got[:1], want[:1]
+    torch.testing.assert_close(flat(got), flat(want))
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_additive(name):
     got = TRANSFORMS[name](lambda x, u, t: additive_coupling(x, t))
@@ -573,16 +749,25 @@ def operator_calls():
     mixed = [v.bfloat16().requires_grad_() for v in (u, t)]
     yield family._coupling, (x.float().requires_grad_(), *mixed, False, "exp", 1.0, True, 1)
     yield family._coupling, (*leaves, True, "none", 0.0, False, 1)
+    params = torch.stack([u, t], 1).movedim(1, -1).requires_grad_()
+    some = params[:, :3]
+    for pair, split, sample_dims in ((params, [], 1), (some, [1, 3, 1], -1), (some.float(), [1, 1, 2], 1)):
+        data = x.to(pair.dtype).requires_grad_()
+        statics = (True, "tanh", 2.0, True, False, split, sample_dims)
+        logdet = torch.randn(pair.shape[:sample_dims] if sample_dims > 0 else pair.shape[:-1], dtype=pair.dtype)
+        yield family._packed, (data, pair, *statics)
+        yield family._packed_backward, (torch.randn_like(data), logdet, data, pair, *statics)
+    yield family._packed, (leaves[0], some[..., :1], False, "none", 0.0, False, False, [1, 0, 1], 1)
 
 
-@pytest.mark.parametrize("n", range(18))
+@pytest.mark.parametrize("n", range(25))
 def test_opcheck(n):
     operator, args = list(operator_calls())[n]
     opcheck(operator.native.op, args)
 
 
 def test_every_operator_is_checked():
-    assert len(list(operator_calls())) == 18
+    assert len(list(operator_calls())) == 25
     called = {operator.name for operator, _ in operator_calls()}
     assert called == {o.name for o in vars(family).values() if isinstance(o, type(family._coupling))}
 

@@ -434,6 +434,19 @@ def test_nan_stays_in_its_element_of_affine_couplings(launcher):
         assert logdet[0].isnan().nonzero().flatten().tolist() == [9]
 
 
+@pytest.mark.parametrize("split", [[], [1, 2, 1], [1, 0, 2]], ids=str)
+def test_packed_affine(launcher, split):
+    x, params = torch.randn(3, 5), torch.randn(3, 3 if split else 5, 2)
+    how = (False, "tanh", 2.0, False, True, split, 1)
+    got = launcher.affine_coupling_packed(*on_device((x, params)), *how)
+    want = reference.affine_coupling_packed(x, params, *how)
+    torch.testing.assert_close([t.cpu() for t in got], list(want))
+    grads = torch.randn_like(want[0]), torch.randn_like(want[1])
+    got = launcher.affine_coupling_packed_backward(*on_device((*grads, x, params)), *how)
+    want = reference.affine_coupling_packed_backward(*grads, x, params, *how)
+    torch.testing.assert_close([t.cpu() for t in got], list(want))
+
+
 def test_affine_layouts(small_programs, launcher):
     """Halves and interleaved channels of one tensor, a shared scale, dense results as they were."""
     both = numbers(4, 6, 2, 3, seed=2, dtype=torch.float64)
@@ -494,8 +507,11 @@ AFFINE_CALL |= {"shift_first": False, "sample_dims": 1}
 GRADS = {"grad_y": X, "grad_logdet": SUMS}
 NAMES = ("inverse", "tails", "parametrization", "box", "smallest", "logit_scale", "curve", "sample_dims", "exact")
 STATICS = dict(zip(NAMES, spline_statics(sample_dims=1), strict=True))
+PAIRS = torch.zeros(2, 4, 2)
 CALLS = {
     "affine_coupling": AFFINE_CALL,
+    "affine_coupling_packed": {k: v for k, v in AFFINE_CALL.items() if k not in ("scale", "shift")}
+    | {"params": PAIRS, "shift_leads": False, "split": [1, 5, 1]},
     "rational_quadratic_spline": PARTS_CALL | STATICS,
     "rational_quadratic_spline_packed": PACKED_CALL | STATICS,
 }
@@ -513,6 +529,22 @@ BAD = {  # by operator: the rule, and what breaks it
         ("clamp must be > 0 for exp, got nan", {"clamp": float("nan")}),
         (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
         (r"sample_dims must be in \[-1, 2\], got -2", {"sample_dims": -2}),
+    ],
+    "affine_coupling_packed": [
+        (r"params must have the dimensions of x and one more, got \[4, 2\]", {"params": PAIRS[0]}),
+        (r"params must have shape \[2, 4, 2\], got \[2, 4, 1\]", {"params": PAIRS[..., :1]}),
+        (r"params must have shape \[2, 9, 2\], got \[2, 4, 2\]", {"split": []}),
+        (r"params must have shape \[2, 4, 2\], got \[1, 4, 2\]", {"params": PAIRS[:1]}),
+        (r"split must be a dimension of x, .*, got \[1, 5\]", {"split": [1, 5]}),
+        (r"split must be a dimension of x, .*, got \[2, 5, 1\]", {"split": [2, 5, 1]}),
+        (r"split must lie in x, \[2, 9\], got \[1, 6, 1\]", {"split": [1, 6, 1]}),
+        ("split must lie in x", {"split": [1, -1, 1]}),
+        ("split must lie in x", {"split": [1, 0, 0]}),
+        ("split must lie in x", {"split": [1, 0, 2**62]}),
+        ("scale must be torch.float32 or .*, got torch.float64", {"params": PAIRS.double()}),
+        ("params must be torch.float16 or .*, got torch.int64", {"params": PAIRS.long()}),
+        ("clamp must be > 0 for tanh, got 0", {"activation": "tanh"}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
     ],
     "rational_quadratic_spline": [
         (r"heights must have shape \[2, 9, 5\], got \[2, 9, 4\]", {"heights": PACKED[..., :4]}),

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "platform.h"
+
 namespace pyperf {
 
 struct SampleUnits {
@@ -33,7 +35,7 @@ struct SampleUnits {
 
 // The sum of v[0 .. n - 1], in double, in one order.
 template <class R>
-double ordered_sum(const R* v, int64_t n) {
+PYPERF_HD double ordered_sum(const R* v, int64_t n) {
   constexpr int kLanes = 16;
   double lanes[kLanes] = {};
   int64_t i = 0;

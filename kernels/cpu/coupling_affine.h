@@ -1,8 +1,8 @@
 // Affine couplings on a CPU. Stamped once for each SIMD level (simd_levels.h); prelude: that of elements.h,
 // ../math/coupling_affine_call.h, ../common/sample_units.h.
 //
-// A unit of at most SampleUnits::kElements elements goes through the L1 cache in passes of one loop each: scales and
-// log-dets of one activation, then the coupling. Operands that lie as the loops want them are used in place.
+// A unit of at most SampleUnits::kElements elements goes through one loop, which uses operands in place where they lie
+// as it wants them, and else from the L1 cache.
 #include "elements.h"
 //
 #include "../math/coupling_affine.h"
@@ -22,26 +22,24 @@ struct AffinePiece {
     call.rows.offsets(row, offset);
   }
 
-  // Runs of neighbours within a row: visit(offset of the operand, elements before, elements).
+  // In order: visit(offset of the operand, elements before, elements of a row, rows, elements from one to the next).
   template <class Visit>
   PYPERF_HD void runs(int k, const Visit& visit) const {
     const int inner = call.rows.dims - 1;
-    int64_t start = offset[k], from = at, r = row, done = 0;
-    int64_t neighbours = inner >= 0 ? call.rows.size[inner] - r % call.rows.size[inner] : 1;
-    while (true) {
-      const int64_t length = std::min(call.n - from, count - done);
-      visit(start + from * call.stride[k], done, length);
-      done += length;
-      if (done == count) return;
-      from = 0, ++r;
-      if (--neighbours > 0) {
-        start += call.rows.stride[k][inner];
-      } else {
+    const int64_t pitch = inner >= 0 ? call.rows.stride[k][inner] : 0;
+    int64_t neighbours = inner >= 0 ? call.rows.size[inner] - row % call.rows.size[inner] : 1;
+    int64_t start = offset[k], r = row, done = std::min(call.n - at, count);
+    visit(start + at * call.stride[k], 0, done, 1, pitch);
+    for (start += pitch, ++r, --neighbours; done < count;) {
+      if (neighbours == 0) {
         int64_t offsets[N];
         call.rows.offsets(r, offsets);
-        start = offsets[k];
-        neighbours = call.rows.size[inner];
+        start = offsets[k], neighbours = call.rows.size[inner];
       }
+      const int64_t left = count - done, whole = std::min(left / call.n, neighbours);
+      const int64_t length = whole ? call.n : left, rows = whole ? whole : 1;
+      visit(start, done, length, rows, pitch);
+      done += length * rows, start += pitch * rows, r += rows, neighbours -= rows;
     }
   }
 };
@@ -51,6 +49,7 @@ PYPERF_HD V even_lanes(V low, V high, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(low, high, int(2 * kLane)...);
 }
 
+// Writes whole vectors, up to kLanes - 1 elements too many.
 template <class R, class S>
 PYPERF_HD void load_run(const S* from, int64_t stride, int64_t n, R* to) {
   constexpr int L = VectorMachine<R>::kLanes;
@@ -59,6 +58,11 @@ PYPERF_HD void load_run(const S* from, int64_t stride, int64_t n, R* to) {
     for (; i + L <= n; i += L) {
       const auto v = load_lanes<R, L>(from + i);
       memcpy(to + i, &v, sizeof v);
+    }
+    if constexpr (std::is_same_v<S, R>) {
+      using M = VectorMachine<R>;
+      if (i < n) M::store(to + i, M::load_first(from + i, n - i));
+      return;
     }
   } else if constexpr (std::is_same_v<S, R>) {
     for (; stride == 2 && i + L < n; i += L) {  // reads the element behind each, which is there but for the last
@@ -72,6 +76,7 @@ PYPERF_HD void load_run(const S* from, int64_t stride, int64_t n, R* to) {
   for (; i < n; ++i) to[i] = loaded<R>(from[i * stride]);
 }
 
+// Reads whole vectors.
 template <class R, class S>
 PYPERF_HD void store_run(const R* from, int64_t stride, int64_t n, S* to) {
   constexpr int L = VectorMachine<R>::kLanes;
@@ -82,58 +87,110 @@ PYPERF_HD void store_run(const R* from, int64_t stride, int64_t n, S* to) {
       memcpy(&v, from + i, sizeof v);
       store_lanes<L, R>(v, to + i);
     }
+    if constexpr (std::is_same_v<S, R>) {
+      using M = VectorMachine<R>;
+      if (i < n) M::store_first(to + i, M::load(from + i), n - i);
+      return;
+    }
   }
   for (; i < n; ++i) to[i * stride] = stored<S>(from[i]);
+}
+
+// Rows of n elements each, next to each other in `to`.
+template <class R, class S>
+PYPERF_HD void load_runs(const S* from, int64_t stride, int64_t n, int64_t rows, int64_t pitch, R* to) {
+  using M = VectorMachine<R>;
+  if constexpr (std::is_same_v<S, R>) {
+    if (stride == 1 && n < M::kLanes) {
+      for (int64_t r = 0; r < rows; ++r, from += pitch, to += n) M::store(to, M::load_first(from, n));
+      return;
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r, from += pitch, to += n) load_run(from, stride, n, to);
+}
+template <class R, class S>
+PYPERF_HD void store_runs(const R* from, int64_t stride, int64_t n, int64_t rows, int64_t pitch, S* to) {
+  using M = VectorMachine<R>;
+  if constexpr (std::is_same_v<S, R>) {
+    if (stride == 1 && n < M::kLanes) {
+      for (int64_t r = 0; r < rows; ++r, from += n, to += pitch) M::store_first(to, M::load(from), n);
+      return;
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r, from += n, to += pitch) store_run(from, stride, n, to);
 }
 
 template <class R, class S, int N>
 void load_piece(const AffinePiece<N>& piece, int k, R* to) {
   const S* const data = static_cast<const S*>(piece.call.data[k]);
   const int64_t stride = piece.call.stride[k];
-  piece.runs(k, [=](int64_t offset, int64_t done, int64_t n)
-                    __attribute__((always_inline)) { load_run(data + offset, stride, n, to + done); });
+  piece.runs(k, [=](int64_t offset, int64_t done, int64_t n, int64_t rows, int64_t pitch)
+                    __attribute__((always_inline)) { load_runs(data + offset, stride, n, rows, pitch, to + done); });
 }
 template <class R, class S, int N>
 void store_piece(const AffinePiece<N>& piece, int k, const R* from) {
   S* const data = static_cast<S*>(piece.call.data[k]);
   const int64_t stride = piece.call.stride[k];
-  piece.runs(k, [=](int64_t offset, int64_t done, int64_t n)
-                    __attribute__((always_inline)) { store_run(from + done, stride, n, data + offset); });
+  piece.runs(k, [=](int64_t offset, int64_t done, int64_t n, int64_t rows, int64_t pitch)
+                    __attribute__((always_inline)) { store_runs(from + done, stride, n, rows, pitch, data + offset); });
 }
 
-// A piece as the loops see it: whole vectors of R, in place or in memory of their own, [kOperands, kStaged].
+// An operand as the loops see it: rows of whole vectors.
+template <class R>
+struct VectorRows {
+  R* data;
+  int64_t pitch;
+
+  PYPERF_HD R* row(int64_t r) const { return data + r * pitch; }
+};
+
+// Whether rows are used in place, several in one call; shorter ones are put together.
+template <class R, int N>
+bool has_vector_rows(const coupling::AffineCall<N>& call) {
+  constexpr int64_t L = VectorMachine<R>::kLanes;
+  return call.n % L == 0 && call.n >= 2 * L;
+}
+
+// A piece as the loops see it: `rows` of `length` each, in place or in memory of their own, [kOperands, kStaged].
 template <class R, int N>
 struct AffineTile {
   static constexpr int64_t L = VectorMachine<R>::kLanes;
   AffinePiece<N> piece;
   R* memory;
   int64_t room;  // elements of each operand's memory
-  int64_t padded;
+  int64_t rows, length;
 
   AffineTile(const coupling::AffineCall<N>& call, int64_t first, int64_t count, R* memory, int64_t room)
-      : piece(call, first, count), memory(memory), room(room), padded((count + L - 1) / L * L) {}
+      : piece(call, first, count), memory(memory), room(room) {
+    rows = has_vector_rows<R>(call) && count > call.n ? count / call.n : 1;
+    length = rows > 1 ? call.n : (count + L - 1) / L * L;
+  }
 
+  int64_t padded() const { return rows * length; }
   bool in_place(int k) const {
     const auto& call = piece.call;
-    return padded == piece.count && piece.at + piece.count <= call.n && call.stride[k] == 1 &&
-           storage_bytes(call.type[k]) == sizeof(R);
+    return call.stride[k] == 1 && storage_bytes(call.type[k]) == sizeof(R) &&
+           (rows > 1 || (length == piece.count && piece.at + length <= call.n));
   }
-  R* place(int k) const {
-    if (in_place(k)) return static_cast<R*>(piece.call.data[k]) + piece.offset[k] + piece.at;
-    return memory + k * room;
+  VectorRows<R> place(int k) const {
+    if (!in_place(k)) return {memory + k * room, length};
+    const auto& call = piece.call;
+    return {static_cast<R*>(call.data[k]) + piece.offset[k] + piece.at,
+            call.rows.dims ? call.rows.stride[k][call.rows.dims - 1] : 0};
   }
-  const R* input(int k) const {
-    R* const to = place(k);
-    if (in_place(k)) return to;
-    if constexpr (sizeof(R) == 8) {
-      load_piece<R, double>(piece, k, to);
-    } else {
-      if (piece.call.type[k] == Storage::f32) load_piece<R, float>(piece, k, to);
-      if (piece.call.type[k] == Storage::f16) load_piece<R, Float16>(piece, k, to);
-      if (piece.call.type[k] == Storage::bf16) load_piece<R, BFloat16>(piece, k, to);
+  VectorRows<const R> input(int k) const {
+    const VectorRows<R> to = place(k);
+    if (!in_place(k)) {
+      if constexpr (sizeof(R) == 8) {
+        load_piece<R, double>(piece, k, to.data);
+      } else {
+        if (piece.call.type[k] == Storage::f32) load_piece<R, float>(piece, k, to.data);
+        if (piece.call.type[k] == Storage::f16) load_piece<R, Float16>(piece, k, to.data);
+        if (piece.call.type[k] == Storage::bf16) load_piece<R, BFloat16>(piece, k, to.data);
+      }
+      for (int64_t i = piece.count; i < padded(); ++i) to.data[i] = 0;
     }
-    for (int64_t i = piece.count; i < padded; ++i) to[i] = 0;
-    return to;
+    return {to.data, to.pitch};
   }
   void finish(int k) const {
     if (in_place(k)) return;
@@ -151,87 +208,103 @@ struct AffineTile {
 // ---- passes ----
 
 template <class R>
-struct ScaleParts {
-  R *logdet, *factor, *exponent, *slope;
+struct ForwardOperands {
+  VectorRows<const R> x, u, shift;
+  VectorRows<R> y, logdet;
 };
-
-// What the next pass reads is fetched while this one computes.
-template <class R, coupling::Activation kActivation, bool kSlope>
-__attribute__((noinline)) void scale_pass(const coupling::Affine& how, int64_t n, const R* u, const R* next,
-                                          const R* after, const ScaleParts<R>& to) {
-  using M = VectorMachine<R>;
-  const math::AffineConstants<R> c(how);
-  R *const logdets = to.logdet, *const factors = to.factor, *const exponents = to.exponent, *const slopes = to.slope;
-  for (int64_t i = 0; i < n; i += M::kLanes) {
-    typename M::V logdet, factor, exponent, slope;
-    __builtin_prefetch(next + i);
-    __builtin_prefetch(after + i);
-    math::scale_of<M, kActivation>(c, M::load(u + i), logdet, factor, exponent, slope);
-    if constexpr (!kSlope) M::store(logdets + i, logdet);
-    M::store(factors + i, factor);
-    M::store(exponents + i, exponent);
-    if constexpr (kSlope) M::store(slopes + i, slope);
-  }
-}
-
-template <class R, bool kSlope>
-void scales(const coupling::Affine& how, int64_t n, const R* u, const R* next, const R* after,
-            const ScaleParts<R>& to) {
-  using coupling::Activation;
-  switch (how.activation) {
-    case Activation::none: return scale_pass<R, Activation::none, kSlope>(how, n, u, next, after, to);
-    case Activation::exp: return scale_pass<R, Activation::exp, kSlope>(how, n, u, next, after, to);
-    case Activation::sigmoid: return scale_pass<R, Activation::sigmoid, kSlope>(how, n, u, next, after, to);
-    case Activation::softplus: return scale_pass<R, Activation::softplus, kSlope>(how, n, u, next, after, to);
-    case Activation::tanh: return scale_pass<R, Activation::tanh, kSlope>(how, n, u, next, after, to);
-    case Activation::atan: return scale_pass<R, Activation::atan, kSlope>(how, n, u, next, after, to);
-    case Activation::softclip: return scale_pass<R, Activation::softclip, kSlope>(how, n, u, next, after, to);
-  }
-}
-
-template <class R, bool kBefore>
-__attribute__((noinline)) void value_pass(const coupling::Affine& how, int64_t n, const R* x, const R* shift,
-                                          const ScaleParts<R>& scale, R* y) {
-  using M = VectorMachine<R>;
-  const math::AffineConstants<R> c(how);
-  const R *const factors = scale.factor, *const exponents = scale.exponent;
-  for (int64_t i = 0; i < n; i += M::kLanes)
-    M::store(y + i, math::affine_value<M, kBefore>(c, M::load(x + i), M::load(shift + i), M::load(factors + i),
-                                                   M::load(exponents + i)));
-}
-
 template <class R>
 struct GradientOperands {
-  const R *grad_y, *grad_logdet, *x, *shift;
-  R *grad_x, *grad_scale, *grad_shift;
+  VectorRows<const R> grad_y, grad_logdet, x, u, shift;
+  VectorRows<R> grad_x, grad_scale, grad_shift;
 };
 
-template <class R, bool kBefore>
-__attribute__((noinline)) void gradient_pass(const coupling::Affine& how, int64_t n, const GradientOperands<R>& o,
-                                             const ScaleParts<R>& scale) {
+// Fetches what comes later: rows may be too short for the processor to see it.
+template <class R>
+PYPERF_HD void prefetch_ahead(const R* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+}
+
+template <class R, coupling::Activation kActivation, bool kBefore>
+__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t rows, int64_t n,
+                                           const ForwardOperands<R>& o) {
   using M = VectorMachine<R>;
   const math::AffineConstants<R> c(how);
-  const GradientOperands<R> at = o;
-  const ScaleParts<R> s = scale;
-  for (int64_t i = 0; i < n; i += M::kLanes) {
-    typename M::V grad_x, grad_scale, grad_shift;
-    math::affine_gradients<M, kBefore>(c, M::load(at.grad_y + i), M::load(at.grad_logdet + i), M::load(at.x + i),
-                                       M::load(at.shift + i), M::load(s.factor + i), M::load(s.exponent + i),
-                                       M::load(s.slope + i), grad_x, grad_scale, grad_shift);
-    M::store(at.grad_x + i, grad_x);
-    M::store(at.grad_scale + i, grad_scale);
-    M::store(at.grad_shift + i, grad_shift);
+  for (int64_t r = 0; r < rows; ++r) {
+    const R *const x = o.x.row(r), *const us = o.u.row(r), *const shift = o.shift.row(r);
+    R *const y = o.y.row(r), *const logdets = o.logdet.row(r);
+    for (int64_t i = 0; i < n; i += M::kLanes) {
+      typename M::V logdet, factor, exponent, slope;
+      prefetch_ahead(us + i), prefetch_ahead(x + i), prefetch_ahead(shift + i);
+      math::scale_of<M, kActivation>(c, M::load(us + i), logdet, factor, exponent, slope);
+      M::store(y + i, math::affine_value<M, kBefore>(c, M::load(x + i), M::load(shift + i), factor, exponent));
+      M::store(logdets + i, logdet);
+    }
+  }
+}
+
+template <class R, coupling::Activation kActivation, bool kBefore>
+__attribute__((noinline)) void affine_pass(const coupling::Affine& how, int64_t rows, int64_t n,
+                                           const GradientOperands<R>& o) {
+  using M = VectorMachine<R>;
+  const math::AffineConstants<R> c(how);
+  for (int64_t r = 0; r < rows; ++r) {
+    const R *const grad_ys = o.grad_y.row(r), *const grad_logdets = o.grad_logdet.row(r), *const x = o.x.row(r),
+                   *const us = o.u.row(r), *const shift = o.shift.row(r);
+    R *const grad_xs = o.grad_x.row(r), *const grad_scales = o.grad_scale.row(r),
+             *const grad_shifts = o.grad_shift.row(r);
+    for (int64_t i = 0; i < n; i += M::kLanes) {
+      typename M::V logdet, factor, exponent, slope, grad_x, grad_scale, grad_shift;
+      prefetch_ahead(us + i), prefetch_ahead(x + i), prefetch_ahead(grad_ys + i);
+      math::scale_of<M, kActivation>(c, M::load(us + i), logdet, factor, exponent, slope);
+      math::affine_gradients<M, kBefore>(c, M::load(grad_ys + i), M::load(grad_logdets + i), M::load(x + i),
+                                         M::load(shift + i), factor, exponent, slope, grad_x, grad_scale, grad_shift);
+      M::store(grad_xs + i, grad_x);
+      M::store(grad_scales + i, grad_scale);
+      M::store(grad_shifts + i, grad_shift);
+    }
+  }
+}
+
+template <class Operands>
+using AffinePass = void (*)(const coupling::Affine&, int64_t rows, int64_t n, const Operands&);
+
+template <class R, template <class> class Operands>
+AffinePass<Operands<R>> affine_pass_of(const coupling::Affine& how) {
+  using coupling::Activation;
+  using Pass = AffinePass<Operands<R>>;
+  const auto of = [&](auto activation) -> Pass {
+    constexpr Activation kActivation = decltype(activation)::value;
+    if (how.shift_before) return &affine_pass<R, kActivation, true>;
+    return &affine_pass<R, kActivation, false>;
+  };
+  switch (how.activation) {
+    case Activation::none: return of(std::integral_constant<Activation, Activation::none>());
+    case Activation::exp: return of(std::integral_constant<Activation, Activation::exp>());
+    case Activation::sigmoid: return of(std::integral_constant<Activation, Activation::sigmoid>());
+    case Activation::softplus: return of(std::integral_constant<Activation, Activation::softplus>());
+    case Activation::tanh: return of(std::integral_constant<Activation, Activation::tanh>());
+    case Activation::atan: return of(std::integral_constant<Activation, Activation::atan>());
+    default: return of(std::integral_constant<Activation, Activation::softclip>());
   }
 }
 
 // ---- units ----
 
-// Whole vectors first, for operands that are used in place.
-template <class R, class Visit>
-PYPERF_HD void in_tiles(int64_t begin, int64_t end, int64_t longest, const Visit& visit) {
+// visit(first, elements): whole rows where those are used in place, as many as lie alike, else whole vectors.
+template <class R, int N, class Visit>
+PYPERF_HD void in_tiles(const coupling::AffineCall<N>& call, int64_t begin, int64_t end, int64_t longest,
+                        const Visit& visit) {
   constexpr int64_t L = VectorMachine<R>::kLanes;
+  const int inner = call.rows.dims - 1;
   while (begin < end) {
     int64_t n = std::min(longest, end - begin);
+    if (has_vector_rows<R>(call)) {
+      const int64_t row = begin / call.n, to_end = (row + 1) * call.n - begin;
+      if (to_end < call.n || n < call.n)
+        n = std::min(n, to_end);
+      else if (inner >= 0)
+        n = std::min(n / call.n, call.rows.size[inner] - row % call.rows.size[inner]) * call.n;
+    }
     if (n >= 8 * L) n = n / L * L;
     visit(begin, n);
     begin += n;
@@ -241,10 +314,11 @@ PYPERF_HD void in_tiles(int64_t begin, int64_t end, int64_t longest, const Visit
 template <class R>
 struct AffineScratch {
   static constexpr int64_t kLanes = VectorMachine<R>::kLanes;
-  static constexpr int64_t kForward = SampleUnits::kElements + kLanes;  // elements of an operand
-  static constexpr int64_t kBackwardTile = 512;                         // more operands share the cache
-  static constexpr int64_t kForwardBytes = (coupling::kForwardOperands + 3) * kForward * int64_t(sizeof(R));
-  static constexpr int64_t kBackwardBytes = (coupling::kBackwardOperands + 3) * kBackwardTile * int64_t(sizeof(R));
+  static constexpr int64_t kBackwardTile = 512;  // elements; more operands share the cache
+  static constexpr int64_t kForward = SampleUnits::kElements + kLanes,
+                           kBackward = kBackwardTile + kLanes;  // of an operand
+  static constexpr int64_t kForwardBytes = (coupling::kForwardOperands + 1) * kForward * int64_t(sizeof(R));
+  static constexpr int64_t kBackwardBytes = coupling::kBackwardOperands * kBackward * int64_t(sizeof(R));
 };
 
 // Sums of small samples, each as ordered_sum has it.
@@ -266,20 +340,17 @@ void sums_of_small(const R* v, int64_t size, int64_t samples, R* sums) {
 
 // Log-dets are left in `logdet`, [SampleUnits::kElements + lanes], where they are summed.
 template <class R>
-void affine_unit(const coupling::AffineCall<coupling::kForwardOperands>& call, int64_t begin, int64_t end, R* memory) {
+void affine_unit(const coupling::AffineCall<coupling::kForwardOperands>& call, AffinePass<ForwardOperands<R>> pass,
+                 int64_t begin, int64_t end, R* memory, R* logdet) {
   using namespace coupling;
-  using Scratch = AffineScratch<R>;
-  R* const parts = memory + kForwardOperands * Scratch::kForward;
-  R* const summed = parts + 2 * Scratch::kForward;
-  in_tiles<R>(begin, end, SampleUnits::kElements, [&](int64_t first, int64_t count) {
-    const AffineTile<R, kForwardOperands> tile(call, first, count, memory, Scratch::kForward);
-    const R *const x = tile.input(kX), *const shift = tile.input(kShift);
-    const R* const u = call.how.activation == Activation::none ? x : tile.input(kScale);
-    const ScaleParts<R> scale{call.summed ? summed + (first - begin) : tile.place(kLogdet), parts,
-                              parts + Scratch::kForward, nullptr};
-    R* const y = tile.place(kY);
-    scales<R, false>(call.how, tile.padded, u, x, shift, scale);
-    (call.how.shift_before ? value_pass<R, true> : value_pass<R, false>)(call.how, tile.padded, x, shift, scale, y);
+  in_tiles<R>(call, begin, end, SampleUnits::kElements, [&](int64_t first, int64_t count) {
+    const AffineTile<R, kForwardOperands> tile(call, first, count, memory, AffineScratch<R>::kForward);
+    ForwardOperands<R> o;
+    o.x = tile.input(kX), o.shift = tile.input(kShift);
+    o.u = call.how.activation == Activation::none ? o.x : tile.input(kScale);
+    o.y = tile.place(kY);
+    o.logdet = call.summed ? VectorRows<R>{logdet + (first - begin), tile.length} : tile.place(kLogdet);
+    pass(call.how, tile.rows, tile.length, o);
     tile.finish(kY);
     if (!call.summed) tile.finish(kLogdet);
   });
@@ -293,13 +364,16 @@ void affine_forward(const coupling::AffineCall<coupling::kForwardOperands>& call
   using Scratch = AffineScratch<R>;
   const SampleUnits units = call.summed ? SampleUnits(call.samples, call.sample_size) : SampleUnits(1, call.elements());
   R* const sums = static_cast<R*>(call.data[kLogdet]);
+  const bool summing = call.summed && call.how.activation != Activation::none;
+  if (call.summed && !summing) std::fill_n(sums, call.samples, R(0));
+  const auto pass = affine_pass_of<R, ForwardOperands>(call.how);
   parallel(units.count, 16, Scratch::kForwardBytes, [&](int64_t first, int64_t last, void* scratch) {
     R* const memory = static_cast<R*>(scratch);
-    const R* const logdet = memory + (kForwardOperands + 2) * Scratch::kForward;
+    R* const logdet = memory + kForwardOperands * Scratch::kForward;
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t begin = units.begin(unit), end = units.end(unit);
-      affine_unit(call, begin, end, memory);
-      if (!call.summed) continue;
+      affine_unit(call, pass, begin, end, memory, logdet);
+      if (!summing) continue;
       if (units.pieces > 1) {
         partials[unit] = ordered_sum(logdet, end - begin);
         continue;
@@ -313,7 +387,7 @@ void affine_forward(const coupling::AffineCall<coupling::kForwardOperands>& call
         sums[sample + s] = R(ordered_sum(logdet + s * call.sample_size, call.sample_size));
     }
   });
-  if (!call.summed || units.pieces == 1) return;
+  if (!summing || units.pieces == 1) return;
   for (int64_t s = 0; s < call.samples; ++s) sums[s] = R(ordered_sum(partials + s * units.pieces, units.pieces));
 }
 
@@ -324,31 +398,30 @@ void affine_backward(const coupling::AffineCall<coupling::kBackwardOperands>& ca
   constexpr int64_t kTile = Scratch::kBackwardTile;
   const R* const of_samples = static_cast<const R*>(call.data[kGradLogdet]);
   const int64_t elements = call.elements();
+  const auto pass = affine_pass_of<R, GradientOperands>(call.how);
   parallel((elements + kTile - 1) / kTile, 16, Scratch::kBackwardBytes, [&](int64_t from, int64_t to, void* scratch) {
     R* const memory = static_cast<R*>(scratch);
-    R* const parts = memory + kBackwardOperands * kTile;
-    in_tiles<R>(from * kTile, std::min(to * kTile, elements), kTile, [&](int64_t first, int64_t count) {
-      const AffineTile<R, kBackwardOperands> tile(call, first, count, memory, kTile);
+    in_tiles<R>(call, from * kTile, std::min(to * kTile, elements), kTile, [&](int64_t first, int64_t count) {
+      const AffineTile<R, kBackwardOperands> tile(call, first, count, memory, Scratch::kBackward);
       GradientOperands<R> o;
-      o.grad_y = tile.input(kGradY), o.x = tile.input(kOfX), o.shift = tile.input(kOfShift);
+      o.grad_y = tile.input(kGradY), o.x = tile.input(kOfX);
+      o.shift = call.how.shift_before ? tile.input(kOfShift) : o.x;
       if (call.summed) {
-        R* const spread = memory + kGradLogdet * kTile;
+        R* const spread = memory + kGradLogdet * Scratch::kBackward;
         const int64_t end = first + count;
         for (int64_t i = first, sample = first / call.sample_size; i < end; ++sample) {
           const R grad = of_samples[sample];
           const int64_t stop = std::min(end, (sample + 1) * call.sample_size);
           for (; i < stop; ++i) spread[i - first] = grad;
         }
-        for (int64_t i = count; i < tile.padded; ++i) spread[i] = 0;
-        o.grad_logdet = spread;
+        for (int64_t i = count; i < tile.padded(); ++i) spread[i] = 0;
+        o.grad_logdet = {spread, tile.length};
       } else {
         o.grad_logdet = tile.input(kGradLogdet);
       }
-      const R* const u = call.how.activation == Activation::none ? o.x : tile.input(kOfScale);
+      o.u = call.how.activation == Activation::none ? o.x : tile.input(kOfScale);
       o.grad_x = tile.place(kGradX), o.grad_scale = tile.place(kGradScale), o.grad_shift = tile.place(kGradShift);
-      const ScaleParts<R> scale{nullptr, parts, parts + kTile, parts + 2 * kTile};
-      scales<R, true>(call.how, tile.padded, u, o.x, o.grad_y, scale);
-      (call.how.shift_before ? gradient_pass<R, true> : gradient_pass<R, false>)(call.how, tile.padded, o, scale);
+      pass(call.how, tile.rows, tile.length, o);
       tile.finish(kGradX), tile.finish(kGradScale), tile.finish(kGradShift);
     });
   });

@@ -31,6 +31,14 @@ PYPERF_HD Value<M> power_of_two(Value<M> n) {
   return M::from_bits((whole + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
+// factor * 2^n for a whole n; 0 or infinity where n is beyond the exponents.
+template <class M>
+PYPERF_HD Value<M> scaled_within(Value<M> factor, Value<M> n) {
+  using F = FloatFormat<typename M::R>;
+  constexpr typename M::R kBias = F::kBias;
+  return factor * power_of_two<M>(clamp<M>(n, M::of(-kBias), M::of(kBias + 1)));
+}
+
 // a * factor * 2^exponent = product * 2^rest, where `product` overflows only if both do, and 2^rest is representable.
 template <class M>
 PYPERF_HD Value<M> unscaled_product(Value<M> a, Value<M> factor, Value<M> exponent, Value<M>& rest) {
@@ -104,7 +112,8 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
     } else {
       const auto tiny = M::less(v, M::of(F::kFlatSoftplus));  // softplus(v) = e there
       const auto scale = M::larger(v, zero) + log1p;
-      logdet = sign * M::select(tiny, v, log<M>(scale));
+      const auto normal = M::at_least(v, M::of(F::kFlatSoftplus)) & M::less(v, M::of(R(HUGE_VAL)));
+      logdet = sign * M::select(normal, log_of_normal<M>(scale, zero), v);
       slope = sign * M::select(tiny, one, M::select(negative, e * reciprocal, reciprocal) / scale);
       factor = M::select(tiny, power, scale);
       if (!upwards) factor = R(1) / factor;
@@ -140,12 +149,18 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
   }
 }
 
-// The coupling itself. A large shift is taken by a quarter, so that it may cancel what is beyond the largest number.
+// Whether a scale, or its part of a result, is a number with all its digits: then plain products are right.
+template <class M>
+PYPERF_HD typename M::Mask is_ordinary(Value<M> scale) {
+  using F = FloatFormat<typename M::R>;
+  return M::at_least(scale, M::of(F::kSmallestNormal)) & M::at_least(M::of(F::kLargest), scale);
+}
+
+// Where scales are not ordinary. A large shift is taken by a quarter, so that it may cancel what is beyond the largest
+// number.
 template <class M, bool kBefore>
-PYPERF_HD Value<M> affine_value(AffineConstants<typename M::R> c, Value<M> x, Value<M> shift, Value<M> factor,
-                                Value<M> exponent) {
+PYPERF_HD Value<M> affine_value_of_any(Value<M> x, Value<M> t, Value<M> factor, Value<M> exponent) {
   using R = typename M::R;
-  const auto t = shift * c.shift_sign;
   const auto size = kBefore ? M::larger(abs<M>(t), abs<M>(x)) : abs<M>(t);
   const auto large = M::less(M::of(AffineFormat<R>::kLargeShift), size);
   const auto down = M::select(large, M::of(R(0.25)), M::of(R(1)));
@@ -161,30 +176,63 @@ PYPERF_HD Value<M> affine_value(AffineConstants<typename M::R> c, Value<M> x, Va
   }
 }
 
-// Gradients of x, of u (grad_scale) and of the shift.
+// The coupling itself.
 template <class M, bool kBefore>
-PYPERF_HD void affine_gradients(AffineConstants<typename M::R> c, Value<M> grad_y, Value<M> grad_logdet, Value<M> x,
-                                Value<M> shift, Value<M> factor, Value<M> exponent, Value<M> slope, Value<M>& grad_x,
-                                Value<M>& grad_scale, Value<M>& grad_shift) {
+PYPERF_HD Value<M> affine_value(AffineConstants<typename M::R> c, Value<M> x, Value<M> shift, Value<M> factor,
+                                Value<M> exponent) {
+  const auto t = shift * c.shift_sign, e = scaled_within<M>(factor, exponent);
+  auto ordinary = is_ordinary<M>(e);
+  Value<M> y;
+  if constexpr (kBefore) {
+    const auto sum = x + t;
+    ordinary = ordinary & M::at_least(M::of(FloatFormat<typename M::R>::kLargest), abs<M>(sum));
+    y = sum * e;
+  } else {
+    y = M::fma(x, e, t);
+  }
+  if (M::all(ordinary)) return y;
+  return M::select(ordinary, y, affine_value_of_any<M, kBefore>(x, t, factor, exponent));
+}
+
+// d y / d x * grad_y, and d / d log e, where scales are not ordinary.
+template <class M, bool kBefore>
+PYPERF_HD Value<M> affine_gradients_of_any(Value<M> grad_y, Value<M> grad_logdet, Value<M> x, Value<M> t,
+                                           Value<M> factor, Value<M> exponent, Value<M> slope, Value<M>& of_log) {
   using R = typename M::R;
   const auto largest = M::of(FloatFormat<R>::kLargest), zero = M::of(R(0));
   Value<M> rest;
-  grad_x = unscaled_product<M>(grad_y, factor, exponent, rest) * rest;
-  grad_shift = (kBefore ? grad_x : grad_y) * c.shift_sign;
-
+  const auto grad_x = unscaled_product<M>(grad_y, factor, exponent, rest) * rest;
   Value<M> down = M::of(R(1)), up = down, a = x;  // a * up is what is scaled
   if constexpr (kBefore) {
-    const auto t = shift * c.shift_sign;
     const auto large = M::less(M::of(AffineFormat<R>::kLargeShift), M::larger(abs<M>(t), abs<M>(x)));
     down = M::select(large, M::of(R(0.25)), down), up = M::select(large, M::of(R(4)), up);
     a = M::fma(x, down, t * down);
   }
   const auto by_scale = unscaled_product<M>(a, factor, exponent, rest) * rest * up;  // d y / d log e
   const auto fits = M::at_least(largest, abs<M>(by_scale));
-  const auto of_logs = M::select(fits, grad_y * by_scale, grad_x * a * up) + grad_logdet;
+  of_log = M::select(fits, grad_y * by_scale, grad_x * a * up) + grad_logdet;
   // Infinity is no reason for NaN where the activation is flat.
-  const auto bounded = clamp<M>(of_logs, -largest, largest);
-  grad_scale = slope * M::select(M::less(zero, abs<M>(slope)), of_logs, bounded);
+  of_log = M::select(M::less(zero, abs<M>(slope)), of_log, clamp<M>(of_log, -largest, largest));
+  return grad_x;
+}
+
+// Gradients of x, of u (grad_scale) and of the shift.
+template <class M, bool kBefore>
+PYPERF_HD void affine_gradients(AffineConstants<typename M::R> c, Value<M> grad_y, Value<M> grad_logdet, Value<M> x,
+                                Value<M> shift, Value<M> factor, Value<M> exponent, Value<M> slope, Value<M>& grad_x,
+                                Value<M>& grad_scale, Value<M>& grad_shift) {
+  const auto t = shift * c.shift_sign, e = scaled_within<M>(factor, exponent);
+  grad_x = grad_y * e;
+  auto of_log = M::fma(grad_y, (kBefore ? x + t : x) * e, grad_logdet);
+  const auto ordinary = is_ordinary<M>(e) & M::at_least(M::of(FloatFormat<typename M::R>::kLargest), abs<M>(of_log));
+  if (!M::all(ordinary)) {
+    Value<M> other;
+    const auto any = affine_gradients_of_any<M, kBefore>(grad_y, grad_logdet, x, t, factor, exponent, slope, other);
+    grad_x = M::select(ordinary, grad_x, any);
+    of_log = M::select(ordinary, of_log, other);
+  }
+  grad_scale = slope * of_log;
+  grad_shift = (kBefore ? grad_x : grad_y) * c.shift_sign;
 }
 
 }  // namespace math

@@ -4,7 +4,7 @@
 // A machine M says what a value is and does what an operator cannot say:
 //   M::V             the value: a scalar, or a vector of the compiler's; + - * / work on it
 //   M::R, M::Int     its scalar, and the integers of that width
-//   M::Mask          the result of M::less and M::at_least; & and | work on it
+//   M::Mask          the result of M::less and M::at_least; & and | work on it, M::all(mask) is a bool
 //   M::of, fma, sqrt, select(mask, a, b), bits, from_bits, scaled(v, n) = v * 2^n for a whole n,
 //   larger(a, b), smaller(a, b): b where either is NaN
 // Errors in ulps are tested (tests/native/elementary_cpu.cpp).
@@ -70,6 +70,7 @@ struct ScalarMachine {
 
   PYPERF_HD static V of(R r) { return r; }
   PYPERF_HD static V select(Mask m, V a, V b) { return m ? a : b; }
+  PYPERF_HD static bool all(Mask m) { return m; }
   PYPERF_HD static Mask less(V a, V b) { return a < b; }
   PYPERF_HD static Mask at_least(V a, V b) { return a >= b; }
   PYPERF_HD static V larger(V a, V b) { return a > b ? a : b; }
@@ -185,20 +186,16 @@ PYPERF_HD Value<M> exp_of_share(Value<M> x) {
   return (f + typename M::R(1)) * M::from_bits((M::bits(rounding) + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
+// log(v) for a normal v > 0.
 template <class M>
-PYPERF_HD Value<M> log(Value<M> x) {
+PYPERF_HD Value<M> log_of_normal(Value<M> v, Value<M> added_to_exponent) {
   using R = typename M::R;
   using F = FloatFormat<R>;
-  const R infinity = R(HUGE_VAL);
-  const auto positive = M::less(M::of(R(0)), x) & M::less(x, M::of(infinity));
-  const auto subnormal = M::less(x, M::of(F::kSmallestNormal));
-  const auto v = M::select(positive, M::select(subnormal, x * F::kSubnormalScale, x), M::of(R(1)));
   // v = 2^n * m with m in [sqrt(1/2), sqrt(2))
   const auto root = M::bits(M::of(R(0.70710678118654752)));
   const auto exponent = (M::bits(v) - root) >> F::kMantissa;
   const auto m = M::from_bits(M::bits(v) - (exponent << F::kMantissa));
-  auto n = M::from_bits(exponent + M::bits(M::of(F::kRound))) - F::kRound;
-  n = n - M::select(subnormal, M::of(R(F::kSubnormalExponent)), M::of(R(0)));
+  const auto n = M::from_bits(exponent + M::bits(M::of(F::kRound))) - F::kRound + added_to_exponent;
   const auto f = m - R(1);
   const auto half_square = f * f * R(0.5);
   Value<M> tail;  // log(1 + f) = f - f^2 / 2 + tail
@@ -215,10 +212,22 @@ PYPERF_HD Value<M> log(Value<M> x) {
     tail = s * (half_square + (series + series));  // 2 atanh(s) = 2 s + 2 s series; 2 s = f - s f
   }
   const auto low = M::fma(n, M::of(F::kLog2Low), tail - half_square);
-  const auto r = M::fma(n, M::of(F::kLog2High), f + low);
-  const auto special = M::select(M::less(x, M::of(R(0))), M::of(R(NAN)), x + x);  // NaN and inf stay
-  const auto zero = M::at_least(M::of(R(0)), x) & M::at_least(x, M::of(R(0)));
-  return M::select(positive, r, M::select(zero, M::of(-infinity), special));
+  return M::fma(n, M::of(F::kLog2High), f + low);
+}
+
+template <class M>
+PYPERF_HD Value<M> log(Value<M> x) {
+  using R = typename M::R;
+  using F = FloatFormat<R>;
+  const R infinity = R(HUGE_VAL);
+  const auto zero = M::of(R(0));
+  const auto positive = M::less(zero, x) & M::less(x, M::of(infinity));
+  const auto subnormal = M::less(x, M::of(F::kSmallestNormal));
+  const auto v = M::select(positive, M::select(subnormal, x * F::kSubnormalScale, x), M::of(R(1)));
+  const auto r = log_of_normal<M>(v, M::select(subnormal, M::of(R(-F::kSubnormalExponent)), zero));
+  const auto special = M::select(M::less(x, zero), M::of(R(NAN)), x + x);  // NaN and inf stay
+  const auto nothing = M::at_least(zero, x) & M::at_least(x, zero);
+  return M::select(positive, r, M::select(nothing, M::of(-infinity), special));
 }
 
 // log(1 + e) for e in [0, 1].

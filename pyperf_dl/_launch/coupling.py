@@ -281,6 +281,54 @@ def affine_coupling_backward(
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
 
+def _affine_pair(params: torch.Tensor, shift_leads: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    first, last = params[..., 0], params[..., -1]
+    return (last, first) if shift_leads else (first, last)
+
+
+def _check_packed(x: torch.Tensor, params: torch.Tensor, activation: str, split: Sequence[int]) -> None:
+    if params.dim() != x.dim() + 1:
+        raise _refusal("params must have the dimensions of x and one more", list(params.shape))
+    sizes = list(x.shape)
+    if split:
+        if len(split) != 3 or not 0 <= split[0] < x.dim():
+            raise _refusal("split must be a dimension of x, the first channel, and a step", list(split))
+        dim, first, step = split
+        channels, count = sizes[dim], params.shape[dim]
+        fits = 0 <= first <= channels and 1 <= step <= max(1, channels)
+        if not fits or (count and (count - 1) * step >= channels - first):
+            raise _refusal(f"split must lie in x, {sizes}", list(split))
+        sizes[dim] = count
+    _check_tensor("params", params, (*sizes, 1 if activation == "none" else 2), x, *DTYPES)
+
+
+def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims):
+    _check_packed(x, params, activation, split)
+    how = (inverse, activation, clamp, shift_first, sample_dims)
+    part = reference.part_of(x, split, params.shape[split[0]]) if split else x
+    y, logdet = affine_coupling(part, *_affine_pair(params, shift_leads), *how)
+    return (reference.with_part(x, split, y) if split else y), logdet
+
+
+def affine_coupling_packed_backward(
+    grad_y, grad_logdet, x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
+):
+    if activation == "none":
+        raise _refusal("activation must have a scale in a backward", activation)
+    _check_packed(x, params, activation, split)
+    _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
+    if split:
+        x, grad_part = (reference.part_of(t, split, params.shape[split[0]]) for t in (x, grad_y))
+    else:
+        grad_part = grad_y
+    pair, grad_params = _affine_pair(params, shift_leads), _like(params)
+    kernel = _affine(x, *pair, inverse, activation, clamp, shift_first, sample_dims)
+    _check_gradients(grad_part, grad_logdet, x, sample_dims)
+    grads = _affine_pair(grad_params, shift_leads)
+    grad_x = _backward(kernel, grad_part, grad_logdet, x, pair, grads, sample_dims)
+    return (reference.with_part(grad_y, split, grad_x) if split else grad_x), grad_params
+
+
 # ---- the rational-quadratic spline ----
 
 

@@ -98,7 +98,45 @@ def affine_coupling(
     return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
 
 
+def _some_channels(split: Sequence[int], count: int) -> tuple[int, int, int, int]:
+    """Dimension, start, end and step of `count` channels. split: that dimension, the first channel, the step."""
+    dim, first, step = split
+    return dim, first, first + (count - 1) * step + 1 if count else first, step
+
+
+def part_of(x: torch.Tensor, split: Sequence[int], count: int) -> torch.Tensor:
+    """The `count` channels of x that a coupling transforms."""
+    return torch.ops.aten.slice(x, *_some_channels(split, count))
+
+
+def with_part(x: torch.Tensor, split: Sequence[int], part: torch.Tensor) -> torch.Tensor:
+    """x with that part replaced."""
+    return x.slice_scatter(part, *_some_channels(split, part.shape[split[0]]))
+
+
+def affine_coupling_packed(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    inverse: bool,
+    activation: str,
+    clamp: float,
+    shift_first: bool,
+    shift_leads: bool,
+    split: Sequence[int],
+    sample_dims: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for some channels of x. params: scale and shift in the last dimension, or a shift alone ("none")."""
+    first, last = params[..., 0], params[..., -1]
+    scale, shift = (last, first) if shift_leads else (first, last)
+    how = (inverse, activation, clamp, shift_first, sample_dims)
+    if not split:
+        return affine_coupling(x, scale, shift, *how)
+    y, logdet = affine_coupling(part_of(x, split, params.shape[split[0]]), scale, shift, *how)
+    return with_part(x, split, y), logdet
+
+
 affine_coupling_backward = functools.partial(differentiated, affine_coupling, 3)
+affine_coupling_packed_backward = functools.partial(differentiated, affine_coupling_packed, 2)
 
 
 # ---- the rational-quadratic spline ----
@@ -286,6 +324,8 @@ def _check_calls(quick: bool) -> Iterator[tuple[str, str, dict[str, Any], Any]]:
     for activation, order in itertools.product(ACTIVATIONS[1:], ("scale_shift", "shift_scale")):
         yield "affine_coupling", f"{activation}, {order}", {"activation": activation, "order": order}, [None, None]
     yield "additive_coupling", "shift", {}, [None]
+    packed = {"activation": "tanh", "logdet": "elementwise"}
+    yield "affine_coupling_packed", "tanh", packed | {"parameters": "shift_scale"}, [2]
 
 
 def _check_inputs(shape: tuple[int, ...], sizes: Sequence[int | None], dtype: torch.dtype) -> list[torch.Tensor]:
