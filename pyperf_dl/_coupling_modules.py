@@ -16,17 +16,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from . import _checks
-from ._coupling_affine import DEFAULT_CLAMPS, additive_coupling, affine_coupling
+from ._coupling_affine import additive_coupling, affine_coupling
 from ._coupling_channels import actnorm, checked_input, checked_sample_mask, invertible_conv1x1
 from ._coupling_spline import rational_quadratic_spline_packed
 from .reference import coupling as reference
 
 SAVE = ("x", "recompute_params", "nothing")
 LAYOUTS = ("halves", "interleaved")
-# y is known to half an ulp of the box. Where no slope, or product of the slopes of several layers, is below these, an x
-# that is rebuilt from it is known to 2**-14 of the box.
-SMALLEST_SLOPE = {torch.float32: 2.0**-10, torch.float64: 2.0**-39}
-LARGEST_CLAMP = 10 * math.log(2)  # the same bound for affine layers in float32
 
 _Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -60,26 +56,24 @@ class _Layer(torch.nn.Module):
             return _rebuilt([self], x, context, sample_mask, inverse)
         call = _Call(context, _checked(self, x, sample_mask), inverse)
         if save == "recompute_params":
-            return checkpoint(self._plain, x, call, use_reentrant=False)
-        return self._plain(x, call)
+            return checkpoint(self._transform, x, call, use_reentrant=False)
+        return self._transform(x, call)
 
-    def _plain(self, x: torch.Tensor, call: _Call) -> _Result:
-        return self._transform(x, call)[:2]
-
-    def _transform(
-        self, x: torch.Tensor, call: _Call, guarded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """y, its log-det, and if `guarded` and it matters the smallest log-slope of each sample, [B]."""
+    def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         raise RuntimeError(f"{type(self).__name__}: a layer needs a _transform")
+
+    def _undo(self, y: torch.Tensor, call: _Call) -> torch.Tensor:
+        """The x of which `_transform` made y."""
+        return self._transform(y, call._replace(inverse=not call.inverse))[0]
 
     def _back(
         self, y: torch.Tensor, call: _Call, grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor | None]]:
         """x, its gradient and those of `wanted`, from y and the gradients of y and of the log-det."""
         with torch.no_grad():
-            x = self._transform(y, call._replace(inverse=not call.inverse))[0]
+            x = self._undo(y, call)
         x.requires_grad_()
-        found = _gradients(self._plain(x, call), [x, *wanted], grads)
+        found = _gradients(self._transform(x, call), [x, *wanted], grads)
         return x.detach(), found[0], found[1:]
 
 
@@ -130,12 +124,21 @@ class _Randomness:
             yield
 
 
+def _again(randomness: _Randomness | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if randomness is None else randomness.again()
+
+
 class _Autocast:
     """The autocast state of now, to be entered again. Casts are not cached: those made without grad would be found."""
 
     def __init__(self, x: torch.Tensor) -> None:
         types = [t for t in {x.device.type, "cpu"} if torch.amp.is_autocast_available(t)]
         self.settings = [(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t)) for t in types]
+
+    def rounding(self, x: torch.Tensor) -> float:
+        """That of the coarsest dtype that something which is made of x may have."""
+        halves = [dtype for _, dtype, enabled in self.settings if enabled and x.dtype == torch.float32]
+        return max(torch.finfo(dtype).eps for dtype in (x.dtype, *halves))
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -168,7 +171,7 @@ def _parameters(layers: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
 
 def _rebuilt(layers: list[Any], x: torch.Tensor, context: Any, sample_mask: Any, inverse: bool) -> _Result:
     name, mask = type(layers[0]).__name__, _checked(layers[0], x, sample_mask)
-    if x.dtype not in SMALLEST_SLOPE:
+    if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name}: save='nothing' rebuilds x from y, so x must be float32 or float64, got {_checks.described(x)}"
         )
@@ -189,17 +192,18 @@ class _Rebuilt(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         context = tensors[: len(run.tensors)]
         call, autocast = run.call(context, mask), _Autocast(x)
-        total, least, randomness = None, None, []
+        total, randomness, first = None, [], x
         for layer in run.layers:
             before = _Randomness(x)
             with autocast.again():
-                x, logdet, slope = layer._transform(x, call, guarded=True)
+                x, logdet = layer._transform(x, call)
             randomness.append(before.unless_same(x))
             total = logdet if total is None else total + logdet
-            if slope is not None:
-                least = slope.double() if least is None else least + slope
-        if least is not None:
-            _guard(run, least, x.dtype)
+        back = x
+        for layer, numbers in zip(reversed(run.layers), reversed(randomness), strict=True):
+            with autocast.again(), _again(numbers):
+                back = layer._undo(back, call)
+        _guard(run, first, back, math.sqrt(autocast.rounding(x)))
         ctx.run, ctx.autocast, ctx.randomness = run, autocast, randomness
         ctx.versions = [p._version for p in run.parameters]
         ctx.save_for_backward(x, mask, *context)
@@ -218,8 +222,7 @@ class _Rebuilt(torch.autograd.Function):
         for layer, randomness in zip(reversed(run.layers), reversed(ctx.randomness), strict=True):
             own = {id(p) for p in layer.parameters()}
             at = [i for i, t in enumerate(inputs) if needed[i] and (i < len(context) or id(t) in own)]
-            again = contextlib.nullcontext() if randomness is None else randomness.again()
-            with torch.enable_grad(), ctx.autocast.again(), again:
+            with torch.enable_grad(), ctx.autocast.again(), _again(randomness):
                 y, grad, found = layer._back(y, call, (grad, grad_logdet), [inputs[i] for i in at])
             for i, g in zip(at, found, strict=True):
                 if g is not None:
@@ -227,17 +230,21 @@ class _Rebuilt(torch.autograd.Function):
         return None, None, grad, *(sums.get(i) for i in range(len(inputs)))
 
 
-def _guard(run: _Run, least: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises where x could not be rebuilt. Reads one number back from the device."""
-    smallest = SMALLEST_SLOPE[dtype]
-    least = least.amin()
-    if bool(least < math.log(smallest)):
-        name = type(run.layers[0]).__name__
-        splines = sum(isinstance(layer, SplineCoupling) for layer in run.layers)
+def _guard(run: _Run, x: torch.Tensor, back: torch.Tensor, within: float) -> None:
+    """Raises where x does not come back, which the backward would not see. Reads one number from the device."""
+    if x.numel() == 0 or x.is_meta:
+        return
+    finite = x.isfinite()
+    size = torch.where(finite, x.abs(), 0)
+    usual = size.mean([d for d in range(x.dim()) if d != 1], keepdim=True)  # of each channel
+    least = usual.mean() / 16  # channels that are (almost) 0 need not be
+    unit = torch.maximum(size, usual.clamp(min=torch.where(least > 0, least, 1)))
+    error = torch.where(finite, (back - x).abs() / unit, 0).amax().item()
+    if not error <= within:
         raise RuntimeError(
-            f"{name}: save='nothing' rebuilds x from y, and each spline divides the error of y by its slope; for every "
-            f"sample the smallest slopes of the spline layers in the run ({splines}), multiplied, must be >= "
-            f"{smallest:.1e} in {dtype}, got {math.exp(float(least)):.1e}; save='recompute_params' has no such bound"
+            f"{type(run.layers[0]).__name__}: save='nothing' rebuilds x from y through all layers of the run "
+            f"({len(run.layers)}), with an error that must be <= {within:.1e} of the size of x in {x.dtype}, got "
+            f"{error:.1e}: the layers contract or shift too much; save='recompute_params' has no such bound"
         )
 
 
@@ -400,24 +407,17 @@ class _Coupling(_Layer):
         """The coupling function. part: [B, C, ...], params: [*part.shape, P]"""
         raise RuntimeError(f"{type(self).__name__}: a coupling needs a _function")
 
-    def _coupled(
-        self, part: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, inverse: bool, guarded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        guarded = guarded and isinstance(self, SplineCoupling) and part.numel() > 0
-        if mask is None and not guarded:
-            return *self._function(part, params, inverse, "sum"), None
+    def _coupled(self, part: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, inverse: bool) -> _Result:
+        if mask is None:
+            return self._function(part, params, inverse, "sum")
         y, logdet = self._function(part, params, inverse, "elementwise")
-        if mask is not None:
-            y, logdet = torch.where(mask, y, part), torch.where(mask, logdet, 0.0)
-        return y, logdet.flatten(1).sum(1), logdet.flatten(1).amin(1) if guarded else None
+        return torch.where(mask, y, part), torch.where(mask, logdet, 0.0).flatten(1).sum(1)
 
-    def _transform(
-        self, x: torch.Tensor, call: _Call, guarded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         untouched, part = self._split(x)
         params = self._parameters_of(untouched, part, call.context)
-        y, logdet, slope = self._coupled(part, params, call.sample_mask, call.inverse, guarded)
-        return self._merged(x, untouched, y), logdet, slope
+        y, logdet = self._coupled(part, params, call.sample_mask, call.inverse)
+        return self._merged(x, untouched, y), logdet
 
     def _back(
         self, y: torch.Tensor, call: _Call, grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
@@ -429,7 +429,7 @@ class _Coupling(_Layer):
         with torch.no_grad():
             x = self._coupled(part, params, call.sample_mask, not call.inverse)[0]
         x.requires_grad_()
-        out = self._coupled(x, params, call.sample_mask, call.inverse)[:2]
+        out = self._coupled(x, params, call.sample_mask, call.inverse)
         grad_untouched, grad_part = self._split(grads[0])
         grad_x, grad_seen, *found = _gradients(out, [x, seen, *wanted], (grad_part, grads[1]))
         if grad_seen is not None:
@@ -452,7 +452,8 @@ _COUPLING_ARGUMENTS = """
         layout: of parameters [B, P * C, ...]: ``"halves"``: one parameter of all features, then the next one;
             ``"interleaved"``: all parameters of a feature side by side.
         save: what the backward finds. ``"x"``: x and the parameters, and what the conditioner keeps.
-            ``"recompute_params"``: x; the conditioner runs again. ``"nothing"``: y; x is rebuilt from it.
+            ``"recompute_params"``: x; the conditioner runs again. ``"nothing"``: y; x is rebuilt from it, and the
+            forward raises RuntimeError where that would lose more than half of its digits.
 """
 
 
@@ -509,9 +510,8 @@ class AffineCoupling(_Coupling):
         volume_preserving: log s less its mean over the transformed channels, at every position (GIN).
 
     Raises:
-        TypeError, ValueError: an argument of another type or value; ``save="nothing"`` for an activation whose scale
-            has no bound, or a clamp > 10 log 2; a call in which x, the sample mask or what the conditioner returns do
-            not fit.
+        TypeError, ValueError: an argument of another type or value; a call in which x, the sample mask or what the
+            conditioner returns do not fit.
 
     Follows Dinh, Sohl-Dickstein and Bengio, "RealNVP" (2016). See :func:`affine_coupling`.
 
@@ -550,23 +550,6 @@ class AffineCoupling(_Coupling):
             "volume_preserving": _checks.flag(name, "volume_preserving", volume_preserving),
         }
         _tried(self)
-        if save == "nothing":
-            self._check_bounded(activation, clamp, volume_preserving)
-
-    @staticmethod
-    def _check_bounded(activation: str, clamp: Any, volume_preserving: bool) -> None:
-        bound = DEFAULT_CLAMPS.get(activation) if clamp is None else clamp
-        if bound is None:
-            raise ValueError(
-                "AffineCoupling: save='nothing' rebuilds x from y, so the scale must be bounded: activation 'tanh', "
-                f"'atan' or 'softclip', or 'exp' with a clamp, got activation={activation!r}, clamp={clamp}"
-            )
-        largest = LARGEST_CLAMP / 2 if volume_preserving else LARGEST_CLAMP  # the mean that is taken off has it too
-        if bound > largest:
-            raise ValueError(
-                "AffineCoupling: save='nothing' rebuilds x from y and multiplies its error by up to exp(clamp), so "
-                f"clamp must be <= {largest:.2f}{' to preserve volumes' if volume_preserving else ''}, got {bound:.2f}"
-            )
 
     @staticmethod
     def parameter_count(features: int) -> int:
@@ -607,7 +590,6 @@ class SplineCoupling(_Coupling):
     Raises:
         TypeError, ValueError: an argument of another type or value; a call in which x, the sample mask or what the
             conditioner returns do not fit.
-        RuntimeError: with ``save="nothing"``, a slope that is too small for x to be rebuilt.
 
     Follows Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows" (2019).
 
@@ -755,14 +737,14 @@ class ActNorm(_Layer):
         super()._load_from_state_dict(*args, **kwargs)
         self._surely_initialised = False
 
-    def _transform(
-        self, x: torch.Tensor, call: _Call, guarded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         _check_channels(self, x)
         if self.training and not call.inverse and not self._surely_initialised:
             self._initialise(x, call.sample_mask)
-        how = {"inverse": call.inverse, "sample_mask": call.sample_mask}
-        return *actnorm(x, self.log_scale, self.bias, **how), None
+        return actnorm(x, self.log_scale, self.bias, inverse=call.inverse, sample_mask=call.sample_mask)
+
+    def _undo(self, y: torch.Tensor, call: _Call) -> torch.Tensor:  # which is no batch to begin with
+        return actnorm(y, self.log_scale, self.bias, inverse=not call.inverse, sample_mask=call.sample_mask)[0]
 
     @torch.no_grad()
     def _initialise(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -820,12 +802,10 @@ class InvertibleConv1x1(_Layer):
         self.register_buffer("permutation", rows.argmax(1))
         self.register_buffer("sign", diagonal.sign().to(dtype))
 
-    def _transform(
-        self, x: torch.Tensor, call: _Call, guarded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         _check_channels(self, x)
         tensors = (self.lower, self.upper, self.log_diagonal, self.permutation, self.sign)
-        return *invertible_conv1x1(x, *tensors, inverse=call.inverse, sample_mask=call.sample_mask), None
+        return invertible_conv1x1(x, *tensors, inverse=call.inverse, sample_mask=call.sample_mask)
 
     def weight(self, inverse: bool = False) -> torch.Tensor:
         """W, or its inverse, [C, C]."""

@@ -1,14 +1,24 @@
 """Our drop-ins beside a peer's own code: both in float32, and the peer in float64 as the truth."""
 
 import copy
+import importlib
 import importlib.metadata
 import inspect
 import re
+import sys
 
 import pytest
 import torch
 
 EPS = torch.finfo(torch.float32).eps
+
+
+def spread(module, by=0.3):
+    """Random weights everywhere: many layers begin as the identity, where every spline is a line."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn(p.shape))
+    return module
 
 
 def three_runs(run, model, integration, *tensors, **how):
@@ -124,15 +134,67 @@ def assert_versions_are_checked(integration, monkeypatch, distribution, known, u
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
-def assert_signatures(integration):
-    """Stand-ins take what the peer's functions take, by the same names, with the same defaults."""
-    with integration.enable():
-        places = integration._peer._places
-    for place in places:
+def swapped(integration):
+    """What is found now under the names that a takeover swaps: functions by every module of the peer that has them."""
+    found = {}
+    for module, name, *_ in integration._peer._stand_ins:
+        home = importlib.import_module(module)
+        *classes, name = name.split(".")
+        if classes:
+            found[classes[0], name] = vars(getattr(home, classes[0]))[name]
+        else:
+            package = module.split(".")[0] + "."
+            found |= {(m, name): vars(sys.modules[m])[name] for m in list(sys.modules) if _has(m, package, name)}
+    return found
+
+
+def _has(module, package, name):
+    return module.startswith(package) and name in getattr(sys.modules[module], "__dict__", {})
+
+
+def restored(integration):
+    """A fixture: around every test the peer is as it was."""
+    theirs = swapped(integration)
+
+    @pytest.fixture(autouse=True)
+    def as_it_was():
+        integration.disable()
+        integration.report(reset=True)
+        yield
+        integration.disable()
+        assert swapped(integration) == theirs
+
+    return as_it_was
+
+
+def assert_takeovers(integration, call, calls=1):
+    """Stand-ins take what the peer's functions take, by the same names, with the same defaults; every name is swapped
+    and comes back; takeovers nest and end in any order; what they meet is counted."""
+    theirs = swapped(integration)
+    integration.enable()
+    ours = swapped(integration)
+    assert theirs
+    assert ours.keys() == theirs.keys()
+    for place, function in theirs.items():
+        assert ours[place] is not function
+        assert inspect.signature(ours[place]) == inspect.signature(function)
+    for place in integration._peer._places:
         stand_in = inspect.getclosurevars(place.ours).nonlocals["stand_in"]
-        mine = list(inspect.signature(stand_in).parameters.values())[1:]
-        theirs = list(inspect.signature(place.original).parameters.values())
-        assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in theirs], place.name
+        mine, others = (list(inspect.signature(f).parameters.values()) for f in (stand_in, place.original))
+        assert [(p.name, p.default) for p in mine[1:]] == [(p.name, p.default) for p in others], place.name
+    integration.enable()
+    integration.disable()
+    assert swapped(integration) == theirs
+    first, second = integration.enable(), integration.enable()
+    first.__exit__(None, None, None)
+    call()
+    second.__exit__(None, None, None)
+    call()
+    assert swapped(integration) == theirs
+    with integration.enable(), integration.enable():
+        call()
+    assert swapped(integration) == theirs
+    assert integration.report(reset=True) == (2 * calls, {})
 
 
 def assert_same(call, integration, taken, **fell_back):
@@ -153,3 +215,14 @@ def assert_same(call, integration, taken, **fell_back):
     else:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert integration.report(reset=True) == (taken, {k.replace("_", " "): n for k, n in fell_back.items()})
+
+
+def assert_compiles_whole(function, integration, *args, **near):
+    """One graph during a takeover, which gives what the peer gives."""
+    torch._dynamo.reset()
+    want, graphs = function(*args), []
+    with integration.enable():
+        got = torch.compile(function, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)(*args)
+    assert len(graphs) == 1
+    torch.testing.assert_close(got, want, **near)
+    torch._dynamo.reset()

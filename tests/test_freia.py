@@ -4,12 +4,14 @@ import pytest
 import torch
 from peer_flows import (
     assert_as_accurate,
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
     three_runs,
     training_curves,
 )
@@ -22,33 +24,7 @@ from FrEIA.modules import AllInOneBlock, GINCouplingBlock, GLOWCouplingBlock, RN
 
 from pyperf_dl.integrations import freia
 
-METHODS = (
-    (RNVPCouplingBlock, "_coupling1"),
-    (RNVPCouplingBlock, "_coupling2"),
-    (GLOWCouplingBlock, "_coupling1"),
-    (GLOWCouplingBlock, "_coupling2"),
-    (GINCouplingBlock, "_coupling1"),
-    (GINCouplingBlock, "_coupling2"),
-    (modules.AffineCouplingOneSided, "forward"),
-    (modules.ConditionalAffineTransform, "forward"),
-    (AllInOneBlock, "_affine"),
-)
-
-
-def current():
-    return {(owner, name): vars(owner)[name] for owner, name in METHODS}
-
-
-THEIRS = current()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    freia.disable()
-    freia.report(reset=True)
-    yield
-    freia.disable()
-    assert current() == THEIRS
+_as_it_was = restored(freia)
 
 
 def dense(inputs, outputs):
@@ -266,22 +242,8 @@ def test_other_dtypes(dtype):
 # ---- beginning and end ----
 
 
-def test_enable_and_disable():
-    freia.enable()
-    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
-    freia.enable()
-    freia.disable()
-    assert current() == THEIRS
-    first, second = freia.enable(), freia.enable()
-    first.__exit__(None, None, None)
-    flow("GLOW", 1)(torch.ones(3, 5))
-    second.__exit__(None, None, None)
-    assert current() == THEIRS
-    assert freia.report() == (2, {})
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(freia)
+def test_takeovers():
+    assert_takeovers(freia, lambda: flow("GLOW", 1)(torch.ones(3, 5)), 2)
 
 
 def test_other_versions(monkeypatch):
@@ -290,11 +252,4 @@ def test_other_versions(monkeypatch):
 
 @pytest.mark.parametrize("name", ["GLOW", "GLOW sigmoid", "RNVP tanh", "GIN", "all in one"])
 def test_compiles_whole(name):
-    torch._dynamo.reset()
-    block, x, graphs = flow(name, 1).module_list[0], torch.randn(6, 5), []
-    want = block([x])
-    with freia.enable():
-        got = torch.compile(block, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)([x])
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, want)
-    torch._dynamo.reset()
+    assert_compiles_whole(flow(name, 1).module_list[0], freia, [torch.randn(6, 5)])

@@ -7,12 +7,15 @@ import sys
 import pytest
 import torch
 from peer_flows import (
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
+    spread,
     three_runs,
     training_curves,
 )
@@ -24,38 +27,7 @@ from glasflow.nflows.transforms.base import InputOutsideDomain
 
 from pyperf_dl.integrations import glasflow, nflows
 
-FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
-METHODS = (
-    (coupling.PiecewiseRationalQuadraticCouplingTransform, "_piecewise_cdf"),
-    (coupling.AffineCouplingTransform, "_coupling_transform_forward"),
-    (coupling.AffineCouplingTransform, "_coupling_transform_inverse"),
-    (autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, "_elementwise"),
-)
-
-
-def current():
-    found = {(m.__name__, f): getattr(m, f) for m in (splines, autoregressive) for f in FUNCTIONS}
-    return found | {(owner.__name__, name): vars(owner)[name] for owner, name in METHODS}
-
-
-THEIRS = current()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    glasflow.disable()
-    glasflow.report(reset=True)
-    yield
-    glasflow.disable()
-    assert current() == THEIRS
-
-
-def spread(module, by=0.3):
-    """Random weights everywhere: layers of nflows end near the identity, where every spline is a line."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn(p.shape))
-    return module
+_as_it_was = restored(glasflow)
 
 
 def autoregressive_flow():
@@ -160,14 +132,7 @@ def test_nothing_is_read_from_the_device():
 
 @pytest.mark.parametrize("name", ["NSF", "RealNVP log2"])
 def test_compiles_whole(name):
-    torch._dynamo.reset()
-    flow, graphs, x = make(name)[0]._transform, [], torch.randn(6, 4)
-    want = flow(x)
-    with glasflow.enable():
-        got = torch.compile(flow, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)(x)
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    assert_compiles_whole(make(name)[0]._transform, glasflow, torch.randn(6, 4), rtol=1e-4, atol=1e-4)
 
 
 class Own(coupling.AffineCouplingTransform):
@@ -210,12 +175,9 @@ def log(n):
 # ---- beginning and end ----
 
 
-def test_enable_and_disable():
-    glasflow.enable()
-    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
-    glasflow.enable(precision="exact")
-    glasflow.disable()
-    assert current() == THEIRS
+def test_takeovers():
+    flow, calls = make("NSF")
+    assert_takeovers(glasflow, lambda: flow.log_prob(torch.ones(3, 4)), calls)
 
 
 def test_nflows_is_another_peer():
@@ -234,10 +196,6 @@ def test_glasflow_on_an_installed_nflows():
     environment = {**os.environ, "GLASFLOW_USE_NFLOWS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "ValueError: glasflow.enable: glasflow must run on its own fork of nflows, got GLASFLOW_USE" in done.stderr
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(glasflow)
 
 
 def test_other_versions(monkeypatch):

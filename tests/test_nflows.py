@@ -1,6 +1,5 @@
 """pyperf_dl.integrations.nflows beside nflows itself."""
 
-import inspect
 import sys
 import threading
 import types
@@ -10,12 +9,15 @@ import pytest
 import torch
 from peer_flows import (
     assert_as_accurate,
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
+    spread,
     three_runs,
     training_curves,
     values_and_gradients,
@@ -32,41 +34,7 @@ from nflows.transforms.splines import rational_quadratic
 
 from pyperf_dl.integrations import nflows
 
-FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
-METHODS = (
-    (coupling.PiecewiseRationalQuadraticCouplingTransform, "_piecewise_cdf"),
-    (coupling.AffineCouplingTransform, "_coupling_transform_forward"),
-    (coupling.AffineCouplingTransform, "_coupling_transform_inverse"),
-    (autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, "_elementwise"),
-    (autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_forward"),
-    (autoregressive.MaskedAffineAutoregressiveTransform, "_elementwise_inverse"),
-)
-
-
-def current():
-    """What is swapped, by where it is found."""
-    found = {(m.__name__, f): getattr(m, f) for m in (rational_quadratic, splines, autoregressive) for f in FUNCTIONS}
-    return found | {(owner.__name__, name): vars(owner)[name] for owner, name in METHODS}
-
-
-THEIRS = current()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    nflows.disable()
-    nflows.report(reset=True)
-    yield
-    nflows.disable()
-    assert current() == THEIRS
-
-
-def spread(module, by=0.3):
-    """Random weights everywhere: layers of nflows end near the identity, where every spline is a line."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn(p.shape))
-    return module
+_as_it_was = restored(nflows)
 
 
 def net(inputs, outputs):
@@ -337,46 +305,36 @@ def test_autocast():
 # ---- beginning and end ----
 
 
-def test_every_name_is_swapped_and_restored():
+def test_takeovers():
+    layer, x = spline_coupling(), torch.randn(5, 4)
+    assert_takeovers(nflows, lambda: layer(x))
+
+
+def test_names_that_are_imported_meanwhile():
     late = types.ModuleType("late")
-    nflows.enable()
-    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
-    for f in FUNCTIONS:
-        assert getattr(rational_quadratic, f) is getattr(splines, f) is getattr(autoregressive, f)
-        assert inspect.signature(getattr(splines, f)) == inspect.signature(THEIRS["nflows.transforms.splines", f])
-    sys.modules["late"] = late
-    late.spline = splines.rational_quadratic_spline  # imported while ours was there
+    with nflows.enable():
+        assert rational_quadratic.rational_quadratic_spline is splines.rational_quadratic_spline
+        sys.modules["late"] = late
+        late.spline = splines.rational_quadratic_spline
     try:
-        nflows.enable(precision="exact")
-        nflows.disable()
-        assert current() == THEIRS
         assert late.spline is splines.rational_quadratic_spline
     finally:
         del sys.modules["late"]
-    nflows.disable()
+
+
+def test_blocks_nest_and_end():
+    first = nflows.enable()
+    with nflows.enable(precision="exact"):
+        assert nflows._peer.settings.precision == "exact"
+    assert nflows._peer.settings.precision == "fast"
+    first.__exit__(None, None, None)
+    with first, first:
+        spline_coupling()(torch.randn(5, 4))
+    assert nflows._peer.settings is None
+    assert nflows.report().taken == 1
     with pytest.raises(KeyError), nflows.enable():
         raise KeyError
-    assert current() == THEIRS
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(nflows)
-
-
-def test_blocks_nest_and_end_in_any_order():
-    layer, x = spline_coupling(), torch.randn(5, 4)
-    first = nflows.enable()
-    second = nflows.enable(precision="exact")
-    assert nflows._peer.settings.precision == "exact"
-    first.__exit__(None, None, None)
-    layer(x)
-    assert nflows.report(reset=True).taken == 1
-    second.__exit__(None, None, None)
-    assert current() == THEIRS
-    with first, first:
-        layer(x)
-    assert current() == THEIRS
-    assert nflows.report().taken == 1
+    assert nflows._peer.settings is None
 
 
 def test_threads():
@@ -395,11 +353,12 @@ def test_threads():
     for t in threads:
         t.join()
     assert not wrong
-    assert current() == THEIRS
+    assert nflows._peer.settings is None
     assert nflows.report() == (80, {})
 
 
 def test_functions_of_others_stay():
+    original = splines.rational_quadratic_spline
     nflows.enable()
     ours = splines.rational_quadratic_spline
     try:
@@ -414,7 +373,7 @@ def test_functions_of_others_stay():
             theirs(*spline_args)
         assert nflows.report().taken == 1
     finally:
-        splines.rational_quadratic_spline = THEIRS["nflows.transforms.splines", "rational_quadratic_spline"]
+        splines.rational_quadratic_spline = original
 
 
 def test_other_versions(monkeypatch):
@@ -427,17 +386,10 @@ def test_other_versions(monkeypatch):
 
 
 def test_compiles_whole():
-    torch._dynamo.reset()
-    model, x = flow(spline_coupling, spline_coupling), torch.randn(6, 4)
-    want = model.log_prob(x)
-    graphs = []
-    compiled = torch.compile(model._transform, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)
-    with nflows.enable(), warnings.catch_warnings():
+    model = flow(spline_coupling, spline_coupling)._transform
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        y, logabsdet = compiled(x)
-    assert len(graphs) == 1
-    torch.testing.assert_close(model._distribution.log_prob(y) + logabsdet, want, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+        assert_compiles_whole(model, nflows, torch.randn(6, 4), rtol=1e-4, atol=1e-4)
 
 
 def test_function_transforms():

@@ -1,17 +1,18 @@
 """pyperf_dl.integrations.normflows beside normflows itself."""
 
-import inspect
-
 import pytest
 import torch
 from peer_flows import (
     assert_as_accurate,
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
+    spread,
     three_runs,
     training_curves,
     values_and_gradients,
@@ -20,44 +21,12 @@ from torch import nn
 
 pytest.importorskip("normflows", reason="normflows is not installed")
 import normflows as nf
-from normflows.flows import affine, neural_spline
+from normflows.flows import affine
 from normflows.utils import splines
 
 from pyperf_dl.integrations import normflows
 
-FUNCTIONS = ("rational_quadratic_spline", "unconstrained_rational_quadratic_spline")
-METHODS = (
-    (neural_spline.coupling.PiecewiseRationalQuadraticCoupling, "_piecewise_cdf"),
-    (neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive, "_elementwise"),
-    (affine.coupling.AffineCoupling, "forward"),
-    (affine.coupling.AffineCoupling, "inverse"),
-)
-
-
-def current():
-    return {f: getattr(splines, f) for f in FUNCTIONS} | {
-        (owner.__name__, name): vars(owner)[name] for owner, name in METHODS
-    }
-
-
-THEIRS = current()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    normflows.disable()
-    normflows.report(reset=True)
-    yield
-    normflows.disable()
-    assert current() == THEIRS
-
-
-def spread(module, by=0.3):
-    """Random weights everywhere: layers of normflows begin as the identity."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn(p.shape))
-    return module
+_as_it_was = restored(normflows)
 
 
 def unconstrained(x, *params, **how):
@@ -336,21 +305,8 @@ def test_the_conditioner_runs_once():
 # ---- beginning and end ----
 
 
-def test_enable_and_disable():
-    normflows.enable()
-    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
-    assert all(inspect.signature(getattr(splines, f)) == inspect.signature(THEIRS[f]) for f in FUNCTIONS)
-    normflows.enable(precision="exact")
-    normflows.disable()
-    assert current() == THEIRS
-    with normflows.enable(), normflows.enable():
-        some(tail_bound=2.0)
-    assert current() == THEIRS
-    assert normflows.report() == (1, {})
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(normflows)
+def test_takeovers():
+    assert_takeovers(normflows, lambda: some(tail_bound=2.0))
 
 
 def test_other_versions(monkeypatch):
@@ -358,13 +314,6 @@ def test_other_versions(monkeypatch):
 
 
 def test_compiles_whole():
-    torch._dynamo.reset()
     torch.manual_seed(0)
-    model, x, graphs = FLOWS["coupling"][0](), torch.randn(6, 4), []
-    want = model.flows[0].inverse(x)
-    compiled = torch.compile(model.flows[0].inverse, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)
-    with normflows.enable():
-        got = compiled(x)
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    layer = FLOWS["coupling"][0]().flows[0]
+    assert_compiles_whole(layer.inverse, normflows, torch.randn(6, 4), rtol=1e-4, atol=1e-4)

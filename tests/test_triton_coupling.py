@@ -503,18 +503,113 @@ def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, bins, ex
         launcher.rational_quadratic_spline_backward(x, x, x, *parts, bound, inverse, tails, *statics)
 
 
-def test_shapes_that_do_not_belong_together_raise(launcher):
-    x, packed = numbers(2, 9).to(DEVICE), numbers(2, 9, 14).to(DEVICE)
-    with pytest.raises(ValueError, match=r"derivatives must have shape \[2, 9, 4\], got \[2, 9, 3\]"):
-        launcher.rational_quadratic_spline_packed(x, packed[..., 1:], None, 5, *spline_statics())
-    with pytest.raises(ValueError, match=r"widths must have shape \[2, 9, 5\], got \[2, 8, 5\]"):
-        launcher.rational_quadratic_spline_packed(x, packed[:, 1:], None, 5, *spline_statics())
-    with pytest.raises(ValueError, match=r"grad_logdet must have shape \[2\], got \[2, 9\]"):
-        launcher.rational_quadratic_spline_packed_backward(x, x, x, packed, None, 5, *spline_statics(sample_dims=1))
-    with pytest.raises(ValueError, match=r"shift must have shape \[2, 9\], got \[9\]"):
-        launcher.affine_coupling(x, x, x[0], False, "exp", 0.0, False, 1)
-    with pytest.raises(ValueError, match=r"grad_y must have shape \[2, 9\], got \[1, 9\]"):
-        launcher.affine_coupling_backward(x[:1], x, x, x, x, False, "exp", 0.0, False, -1)
+X, PACKED = torch.zeros(2, 9), torch.zeros(2, 9, 14)
+SUMS = torch.zeros(2)
+PACKED_CALL = {"x": X, "params": PACKED, "bound": None, "bins": 5}
+PARTS_CALL = {"x": X, "bound": None} | dict(
+    zip(("widths", "heights", "derivatives"), PACKED.split((5, 5, 4), -1), strict=True)
+)
+AFFINE_CALL = {"x": X, "scale": X, "shift": X, "inverse": False, "activation": "exp", "clamp": 0.0}
+AFFINE_CALL |= {"shift_first": False, "sample_dims": 1}
+GRADS = {"grad_y": X, "grad_logdet": SUMS}
+NAMES = ("inverse", "tails", "parametrization", "box", "smallest", "logit_scale", "curve", "sample_dims", "exact")
+STATICS = dict(zip(NAMES, spline_statics(sample_dims=1), strict=True))
+PAIRS = torch.zeros(2, 4, 2)
+CALLS = {
+    "affine_coupling": AFFINE_CALL,
+    "affine_coupling_packed": {k: v for k, v in AFFINE_CALL.items() if k not in ("scale", "shift")}
+    | {"params": PAIRS, "shift_leads": False, "split": [1, 5, 1]},
+    "rational_quadratic_spline": PARTS_CALL | STATICS,
+    "rational_quadratic_spline_packed": PACKED_CALL | STATICS,
+}
+BAD = {  # by operator: the rule, and what breaks it
+    "affine_coupling": [
+        (r"scale must have shape \[2, 9\], got \[2, 8\]", {"scale": X[:, 1:]}),
+        (r"shift must have shape \[2, 9\], got \[9\]", {"shift": X[0]}),
+        ("x must be torch.float16 or .*, got torch.int64", {"x": X.long(), "scale": X.long(), "shift": X.long()}),
+        ("shift must be torch.float32, got torch.float16", {"shift": X.half()}),
+        ("scale must be torch.float16, got torch.float32", {"x": X.half()}),
+        ("scale must be torch.float32 or .*, got torch.float64", {"scale": X.double(), "shift": X.double()}),
+        ("activation must be one of none, exp, .*, got relu", {"activation": "relu"}),
+        ("clamp must be > 0 for tanh, got 0", {"activation": "tanh"}),
+        ("clamp must be > 0 for exp, got -1", {"clamp": -1.0}),
+        ("clamp must be > 0 for exp, got nan", {"clamp": float("nan")}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
+        (r"sample_dims must be in \[-1, 2\], got -2", {"sample_dims": -2}),
+    ],
+    "affine_coupling_packed": [
+        (r"params must have the dimensions of x and one more, got \[4, 2\]", {"params": PAIRS[0]}),
+        (r"params must have shape \[2, 4, 2\], got \[2, 4, 1\]", {"params": PAIRS[..., :1]}),
+        (r"params must have shape \[2, 9, 2\], got \[2, 4, 2\]", {"split": []}),
+        (r"params must have shape \[2, 4, 2\], got \[1, 4, 2\]", {"params": PAIRS[:1]}),
+        (r"split must be a dimension of x, .*, got \[1, 5\]", {"split": [1, 5]}),
+        (r"split must be a dimension of x, .*, got \[2, 5, 1\]", {"split": [2, 5, 1]}),
+        (r"split must lie in x, \[2, 9\], got \[1, 6, 1\]", {"split": [1, 6, 1]}),
+        ("split must lie in x", {"split": [1, -1, 1]}),
+        ("split must lie in x", {"split": [1, 0, 0]}),
+        ("split must lie in x", {"split": [1, 0, 2**62]}),
+        ("scale must be torch.float32 or .*, got torch.float64", {"params": PAIRS.double()}),
+        ("params must be torch.float16 or .*, got torch.int64", {"params": PAIRS.long()}),
+        ("clamp must be > 0 for tanh, got 0", {"activation": "tanh"}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
+    ],
+    "rational_quadratic_spline": [
+        (r"heights must have shape \[2, 9, 5\], got \[2, 9, 4\]", {"heights": PACKED[..., :4]}),
+        (r"derivatives must have shape \[2, 9, 4\], got \[2, 9, 5\]", {"derivatives": PACKED[..., :5]}),
+        ("heights must be torch.float32, got torch.float64", {"heights": PACKED[..., :5].double()}),
+        (r"bins must be in \[1, 256\], got 0", {"widths": torch.tensor(0.0)}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
+    ],
+    "rational_quadratic_spline_packed": [
+        (r"params must have shape \[2, 9, 14\], got \[2, 9, 13\]", {"params": PACKED[..., 1:]}),
+        (r"params must have shape \[2, 9, 14\], got \[2, 8, 14\]", {"params": PACKED[:, 1:]}),
+        (r"params must have shape \[2, 9, 14\], got \[\]", {"params": torch.tensor(0.0)}),
+        (r"bins must be in \[1, 256\], got 257", {"params": torch.zeros(2, 9, 770), "bins": 257}),
+        (r"bins must be in \[1, 256\], got 0", {"bins": 0}),
+        ("params must be torch.float16 or .*, got torch.int64", {"params": PACKED.long()}),
+        ("tails must be one of linear, circular, bounded, mixed, got none", {"tails": "none"}),
+        ("tails='mixed' needs bounds", {"tails": "mixed"}),
+        (r"bound must have shape \[2, 9\], got \[9\]", {"bound": X[0]}),
+        ("bound must be torch.float32, got torch.float64", {"bound": X.double()}),
+        ("parametrization must be one of nflows, zuko, got pyro", {"parametrization": "pyro"}),
+        ("box must have 4 numbers, smallest 3", {"box": [1.0]}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
+        (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3, "exact": True}),  # which is not covered
+    ],
+}
+BAD_GRADIENTS = [
+    (r"grad_y must have shape \[2, 9\], got \[1, 9\]", {"grad_y": X[:1]}),
+    (r"grad_logdet must have shape \[2\], got \[2, 9\]", {"grad_logdet": X}),
+    ("grad_y must be torch.float32, got torch.float16", {"grad_y": X.half()}),
+    ("grad_logdet must be torch.float32, got torch.float64", {"grad_logdet": SUMS.double()}),
+]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_native_operators_refuse_is_refused(launcher, name):
+    """By the same kind of error, forward and backward."""
+
+    def check(operator, arguments, message):
+        arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        with pytest.raises(RuntimeError, match=f"^coupling: {message}"):
+            getattr(launcher, operator)(**arguments)
+        with pytest.raises(RuntimeError, match="coupling: "):
+            getattr(torch.ops.pyperf_dl, operator)(**arguments)
+
+    for message, change in BAD[name]:
+        check(name, CALLS[name] | change, message)
+        check(f"{name}_backward", GRADS | CALLS[name] | change, message)
+    for message, change in BAD_GRADIENTS:
+        check(f"{name}_backward", GRADS | CALLS[name] | change, message)
+
+
+def test_parts_of_large_samples_are_added_in_float64(launcher, monkeypatch):
+    """To half an ulp of the sum of the parts, which a sum in float32 misses in some of the samples."""
+    monkeypatch.setattr(launcher, "ELEMENTS", 4)
+    parts = numbers(8, 40)
+    (x,) = on_device((parts.repeat_interleave(4, 1) / 4,))
+    _, logdet = launcher.affine_coupling(x, x, x, False, "exp", 0.0, False, 1)
+    assert torch.equal(logdet.cpu(), parts.double().sum(1).float())
 
 
 # ---- how PyTorch sees the operators ----

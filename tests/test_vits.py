@@ -9,9 +9,11 @@ from peer_flows import (
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
+    spread,
     three_runs,
     training_curves,
     values_and_gradients,
@@ -26,22 +28,7 @@ from pyperf_dl.integrations import vits
 
 SPLINE = "_unconstrained_rational_quadratic_spline"
 
-
-def current():
-    owners = (modeling_vits.VitsConvFlow, modeling_vits.VitsResidualCouplingLayer)
-    return {SPLINE: getattr(modeling_vits, SPLINE)} | {owner: vars(owner)["forward"] for owner in owners}
-
-
-THEIRS = current()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    vits.disable()
-    vits.report(reset=True)
-    yield
-    vits.disable()
-    assert current() == THEIRS
+_as_it_was = restored(vits)
 
 
 def config(**how):
@@ -67,16 +54,9 @@ def config(**how):
     )
 
 
-def spread(module, by=0.1):
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(by * torch.randn(p.shape))
-    return module.eval()
-
-
 def layer(kind, **how):
     torch.manual_seed(0)
-    return spread(getattr(modeling_vits, kind)(config(**how)), 0.3)
+    return spread(getattr(modeling_vits, kind)(config(**how))).eval()
 
 
 def masked(batch=64, channels=2, length=20):
@@ -127,7 +107,7 @@ def test_residual_couplings_have_the_same_bits():
 def test_a_whole_model():
     """Durations and waveform, without the noise of the prior: in float64 that is another one."""
     torch.manual_seed(0)
-    model, tokens = spread(VitsModel(config()), 0.02), torch.randint(0, 20, (2, 12))
+    model, tokens = spread(VitsModel(config()), 0.02).eval(), torch.randint(0, 20, (2, 12))
     model.noise_scale = 0.0
 
     def run(model, seed):
@@ -267,20 +247,8 @@ def test_other_dtypes(dtype):
 # ---- beginning and end ----
 
 
-def test_enable_and_disable():
-    vits.enable()
-    assert all(current()[place] is not THEIRS[place] for place in THEIRS)
-    vits.enable(precision="exact")
-    vits.disable()
-    assert current() == THEIRS
-    with vits.enable(), vits.enable():
-        some()
-    assert current() == THEIRS
-    assert vits.report() == (1, {})
-
-
-def test_stand_ins_have_the_signatures():
-    assert_signatures(vits)
+def test_takeovers():
+    assert_takeovers(vits, some)
 
 
 def test_other_versions(monkeypatch):

@@ -1,23 +1,25 @@
 """pyperf_dl.integrations.zuko beside zuko itself."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from peer_flows import (
     assert_as_accurate,
+    assert_compiles_whole,
     assert_flow_as_accurate,
     assert_overlays,
     assert_same,
-    assert_signatures,
+    assert_takeovers,
     assert_versions_are_checked,
     density_and_gradients,
+    restored,
     three_runs,
     training_curves,
     values_and_gradients,
 )
 from torch import nn
-from torch.distributions import Transform
 
 pytest.importorskip("zuko", reason="zuko is not installed")
 from zuko.flows import MAF, NCSF, NICE, NSF
@@ -25,21 +27,7 @@ from zuko.transforms import DependentTransform, MonotonicAffineTransform, Monoto
 
 from pyperf_dl.integrations import zuko
 
-OWNERS = (MonotonicRQSTransform, MonotonicAffineTransform, DependentTransform, Transform)
-THEIRS = {owner: dict(vars(owner)) for owner in OWNERS}
-
-
-def current():
-    return {owner: dict(vars(owner)) for owner in OWNERS}
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    zuko.disable()
-    zuko.report(reset=True)
-    yield
-    zuko.disable()
-    assert current() == THEIRS
+_as_it_was = restored(zuko)
 
 
 def spline(n=200, bins=8, by=1.0, derivatives=None, dtype=torch.float32, **how):
@@ -243,23 +231,56 @@ def test_what_zuko_prepares_is_there_when_wanted():
     assert zuko.report() == (0, {})
 
 
-def test_enable_and_disable():
-    zuko.enable()
-    assert MonotonicRQSTransform._call is not THEIRS[MonotonicRQSTransform]["_call"]
-    zuko.enable(precision="exact")
-    zuko.disable()
-    assert current() == THEIRS
-    first, second = zuko.enable(), zuko.enable()
-    first.__exit__(None, None, None)
-    spline()(torch.ones(200))
-    second.__exit__(None, None, None)
-    spline()(torch.ones(200))
-    assert current() == THEIRS
-    assert zuko.report() == (1, {})
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
 
 
-def test_stand_ins_have_the_signatures():
-    assert_signatures(zuko)
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+@pytest.mark.parametrize(
+    "make",
+    [
+        spline,
+        lambda: spline(bound=2.0, slope=1e-4),
+        lambda: DependentTransform(spline(), 1),
+        lambda: MonotonicAffineTransform(torch.arange(200.0), torch.ones(200), slope=1e-2, cache_size=1),
+    ],
+)
+def test_copies_of_transformations(copied, make):
+    """Made, copied and used with and without a takeover; ours are zuko's for whoever reads them."""
+    x = torch.linspace(-3, 3, 200)
+    want = make().call_and_ladj(x)
+    with zuko.enable():
+        ours = make()
+        mine = ours.call_and_ladj(x)
+        stored, within = pickle.dumps(ours), copied(ours)
+        assert b"pyperf_dl" not in stored
+        for got, value in zip(within.call_and_ladj(x), mine, strict=True):
+            assert torch.equal(got, value)
+        assert zuko.report(reset=True) == (2, {})
+    for t in (within, copied(ours), pickle.loads(stored)):
+        for got, value in zip(t.call_and_ladj(x), want, strict=True):
+            assert torch.equal(got, value)
+    assert zuko.report() == (0, {})
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+@pytest.mark.parametrize("name", FLOWS)
+def test_copies_of_flows(copied, name):
+    torch.manual_seed(0)
+    model, context = FLOWS[name][0](), torch.randn(20, 2)
+    x = torch.randn(20, model(context).event_shape[0])
+    want = model(context).log_prob(x)
+    with zuko.enable(), torch.no_grad():
+        distribution = model(context)
+        for flow in (copied(model)(context), copied(distribution)):
+            torch.testing.assert_close(flow.log_prob(x), want)
+    with torch.no_grad():
+        for flow in (copied(model)(context), copied(distribution)):
+            torch.testing.assert_close(flow.log_prob(x), want)
+
+
+def test_takeovers():
+    assert_takeovers(zuko, lambda: spline()(torch.ones(200)))
 
 
 def test_other_versions(monkeypatch):
@@ -270,20 +291,11 @@ def test_other_versions(monkeypatch):
 
 
 def test_compiles_whole():
-    torch._dynamo.reset()
-    x, params = torch.randn(6, 4), [torch.randn(6, 4, k) for k in (8, 8, 7)]
-
     def run(x, *params):
         y, ladj = DependentTransform(MonotonicRQSTransform(*params), 1).call_and_ladj(x)
         return MonotonicAffineTransform(y, y).inv(y), ladj
 
-    want = run(x, *params)
-    graphs = []
-    with zuko.enable():
-        got = torch.compile(run, fullgraph=True, backend=lambda m, _: graphs.append(m) or m)(x, *params)
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, want)
-    torch._dynamo.reset()
+    assert_compiles_whole(run, zuko, torch.randn(6, 4), *(torch.randn(6, 4, k) for k in (8, 8, 7)))
 
 
 def test_function_transforms():

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pyperf_dl._coupling_spline import _like
+from pyperf_dl._coupling_affine import DEFAULT_CLAMPS
+from pyperf_dl._coupling_spline import DTYPES, HALF_DTYPES, _like
 from pyperf_dl._triton import coupling as kernels
 from pyperf_dl.reference import coupling as reference
 
@@ -59,12 +60,35 @@ def _work(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _check_tensor(what: str, t: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
-    """What memory safety needs."""
-    if list(t.shape) != list(shape):
-        raise ValueError(f"coupling: {what} must have shape {list(shape)}, got {list(t.shape)}")
+def _refusal(rule: str, got: Any) -> RuntimeError:
+    """What native operators raise too: the last line of defence, users meet the checks of the public functions."""
+    return RuntimeError(f"coupling: {rule}, got {got}")
+
+
+def _check_tensor(what: str, t: torch.Tensor, shape: Sequence[int], like: torch.Tensor, *dtypes: torch.dtype) -> None:
+    if t.shape != torch.Size(shape):
+        raise _refusal(f"{what} must have shape {list(shape)}", list(t.shape))
     if t.device != like.device:
-        raise ValueError(f"coupling: {what} must be on {like.device}, got {t.device}")
+        raise _refusal(f"{what} must be on {like.device}", t.device)
+    if t.dtype not in dtypes:
+        raise _refusal(f"{what} must be {' or '.join(map(str, dtypes))}", t.dtype)
+
+
+def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise _refusal(f"{what} must be one of {', '.join(choices)}", value)
+
+
+def _check_input(x: torch.Tensor, sample_dims: int) -> None:
+    _check_tensor("x", x, x.shape, x, *DTYPES)
+    if not -1 <= sample_dims <= x.dim():
+        raise _refusal(f"sample_dims must be in [-1, {x.dim()}]", sample_dims)
+
+
+def _check_gradients(grad_y: torch.Tensor, grad_logdet: torch.Tensor, x: torch.Tensor, sample_dims: int) -> None:
+    _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
+    shape = x.shape if sample_dims < 0 else x.shape[:sample_dims]
+    _check_tensor("grad_logdet", grad_logdet, shape, x, reference.logdet_dtype(x))
 
 
 class _Walk(NamedTuple):
@@ -192,7 +216,7 @@ def _forward(
     tiles = _Tiles.of(math.prod(samples), math.prod(x.shape[sample_dims:]), kernel.most)
     pieces = x.new_empty((*samples, tiles.blocks), dtype=dtype)
     _run(kernel, tiles, [x, *parameters, None, y, pieces, *none], len(parameters), sample_dims)
-    return y, pieces.sum(-1) if tiles.blocks > 1 else pieces.squeeze(-1)
+    return y, pieces.sum(-1, dtype=torch.float64).to(dtype) if tiles.blocks > 1 else pieces.squeeze(-1)
 
 
 def _backward(
@@ -206,10 +230,7 @@ def _backward(
 ) -> torch.Tensor:
     """Fills the parameters' gradients, and returns that of x."""
     common.check_device(x, kernel.of)
-    summed = 0 <= sample_dims < x.dim()
-    _check_tensor("grad_y", grad_y, x.shape, x)
-    _check_tensor("grad_logdet", grad_logdet, x.shape[:sample_dims] if summed else x.shape, x)
-    if summed:
+    if 0 <= sample_dims < x.dim():
         ones = [1] * (x.dim() - sample_dims)
         grad_logdet = grad_logdet.reshape(*grad_logdet.shape, *ones).expand(x.shape)
     grad_x = _like(x)
@@ -223,10 +244,21 @@ def _backward(
 
 
 def _affine(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inverse: bool, activation: str, clamp: float, first: bool
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    inverse: bool,
+    activation: str,
+    clamp: float,
+    first: bool,
+    sample_dims: int,
 ) -> _Kernel:
-    for name, t in (("scale", scale), ("shift", shift)):
-        _check_tensor(name, t, x.shape, x)
+    _check_input(x, sample_dims)
+    _check_tensor("scale", scale, x.shape, x, x.dtype, *(HALF_DTYPES if x.dtype == torch.float32 else ()))
+    _check_tensor("shift", shift, x.shape, x, scale.dtype)
+    _check_choice("activation", activation, reference.ACTIVATIONS)
+    if not clamp >= 0 or (clamp == 0 and activation in DEFAULT_CLAMPS):
+        raise _refusal(f"clamp must be > 0 for {activation}", clamp)
     constants = {
         "INVERSE": inverse,
         "ACTIVATION": activation,
@@ -238,14 +270,15 @@ def _affine(
 
 
 def affine_coupling(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
     return _forward(kernel, x, (scale, shift), sample_dims)
 
 
 def affine_coupling_backward(
     grad_y, grad_logdet, x, scale, shift, inverse, activation, clamp, shift_first, sample_dims
 ):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first)
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
     grads = [_like(t) for t in (scale, shift)]
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
@@ -255,7 +288,24 @@ def _affine_pair(params: torch.Tensor, shift_leads: bool) -> tuple[torch.Tensor,
     return (last, first) if shift_leads else (first, last)
 
 
+def _check_packed(x: torch.Tensor, params: torch.Tensor, activation: str, split: Sequence[int]) -> None:
+    if params.dim() != x.dim() + 1:
+        raise _refusal("params must have the dimensions of x and one more", list(params.shape))
+    sizes = list(x.shape)
+    if split:
+        if len(split) != 3 or not 0 <= split[0] < x.dim():
+            raise _refusal("split must be a dimension of x, the first channel, and a step", list(split))
+        dim, first, step = split
+        channels, count = sizes[dim], params.shape[dim]
+        fits = 0 <= first <= channels and 1 <= step <= max(1, channels)
+        if not fits or (count and (count - 1) * step >= channels - first):
+            raise _refusal(f"split must lie in x, {sizes}", list(split))
+        sizes[dim] = count
+    _check_tensor("params", params, (*sizes, 1 if activation == "none" else 2), x, *DTYPES)
+
+
 def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims):
+    _check_packed(x, params, activation, split)
     how = (inverse, activation, clamp, shift_first, sample_dims)
     part = reference.part_of(x, split, params.shape[split[0]]) if split else x
     y, logdet = affine_coupling(part, *_affine_pair(params, shift_leads), *how)
@@ -265,12 +315,17 @@ def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, s
 def affine_coupling_packed_backward(
     grad_y, grad_logdet, x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
 ):
+    if activation == "none":
+        raise _refusal("activation must have a scale in a backward", activation)
+    _check_packed(x, params, activation, split)
+    _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
     if split:
         x, grad_part = (reference.part_of(t, split, params.shape[split[0]]) for t in (x, grad_y))
     else:
         grad_part = grad_y
     pair, grad_params = _affine_pair(params, shift_leads), _like(params)
-    kernel = _affine(x, *pair, inverse, activation, clamp, shift_first)
+    kernel = _affine(x, *pair, inverse, activation, clamp, shift_first, sample_dims)
+    _check_gradients(grad_part, grad_logdet, x, sample_dims)
     grads = _affine_pair(grad_params, shift_leads)
     grad_x = _backward(kernel, grad_part, grad_logdet, x, pair, grads, sample_dims)
     return (reference.with_part(grad_y, split, grad_x) if split else grad_x), grad_params
@@ -279,10 +334,34 @@ def affine_coupling_packed_backward(
 # ---- the rational-quadratic spline ----
 
 
+def _check_spline(x, parameters, bins, bound, tails, parametrization, box, smallest, sample_dims):
+    """parameters: widths, heights and derivatives, or all in one."""
+    _check_input(x, sample_dims)
+    if not 1 <= bins <= 256:
+        raise _refusal("bins must be in [1, 256]", bins)
+    _check_choice("tails", tails, (*reference.TAILS, "mixed"))
+    if bound is not None:
+        _check_tensor("bound", bound, x.shape, x, reference.logdet_dtype(x))
+    elif tails == "mixed":
+        raise _refusal("tails='mixed' needs bounds, whose signs are the tails", None)
+    _check_choice("parametrization", parametrization, reference.PARAMETRIZATIONS)
+    if len(box) != 4 or len(smallest) != 3:
+        raise _refusal("box must have 4 numbers, smallest 3", (box, smallest))
+    counts = {"widths": bins, "heights": bins, "derivatives": reference.derivative_count(bins, tails)}
+    if len(parameters) == 1:
+        counts = {"params": sum(counts.values())}
+    dtypes = DTYPES
+    for (name, count), t in zip(counts.items(), parameters, strict=True):
+        _check_tensor(name, t, (*x.shape, count), x, *dtypes)
+        dtypes = (t.dtype,)  # they have one
+
+
+def _bins(widths: torch.Tensor) -> int:
+    return widths.shape[-1] if widths.dim() else 0
+
+
 def _spline(x, parameters, inverse, parametrization, box, smallest, logit_scale, curve):
     bins = parameters[0].shape[-1]
-    for name, t, count in zip(("widths", "heights", "derivatives"), parameters, (bins, bins, bins - 1), strict=True):
-        _check_tensor(name, t, (*x.shape, count), x)
     (left, right, bottom, top), (width, height, slope) = box, smallest
     least = (right - left) * width, (top - bottom) * height
     free = (right - left) * (1 - width * bins), (top - bottom) * (1 - height * bins)
@@ -306,12 +385,10 @@ def rational_quadratic_spline(
     x, widths, heights, derivatives, bound,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
-    how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline", bound, tails, exact, widths.shape[-1]):
-        return reference.rational_quadratic_spline(
-            x, widths, heights, derivatives, bound, inverse, tails, *how, sample_dims, exact
-        )
-    parameters = (widths, heights, derivatives)
+    parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, parameters, _bins(widths), bound, tails, *how[:3], sample_dims)
+    if _is_uncovered("rational_quadratic_spline", bound, tails, exact, _bins(widths)):
+        return reference.rational_quadratic_spline(x, *parameters, bound, inverse, tails, *how, sample_dims, exact)
     return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
 
 
@@ -319,6 +396,7 @@ def rational_quadratic_spline_packed(
     x, params, bound, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
 ):
     how = (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, (params,), bins, bound, tails, *how[:3], sample_dims)
     if _is_uncovered("rational_quadratic_spline_packed", bound, tails, exact, bins):
         return reference.rational_quadratic_spline_packed(
             x, params, bound, bins, inverse, tails, *how, sample_dims, exact
@@ -331,12 +409,13 @@ def rational_quadratic_spline_backward(
     grad_y, grad_logdet, x, widths, heights, derivatives, bound,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
-    how = (parametrization, box, smallest, logit_scale, curve)
-    if _is_uncovered("rational_quadratic_spline_backward", bound, tails, exact, widths.shape[-1]):
+    parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, parameters, _bins(widths), bound, tails, *how[:3], sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
+    if _is_uncovered("rational_quadratic_spline_backward", bound, tails, exact, _bins(widths)):
         return reference.rational_quadratic_spline_backward(
-            grad_y, grad_logdet, x, widths, heights, derivatives, bound, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, *parameters, bound, inverse, tails, *how, sample_dims, exact
         )
-    parameters = (widths, heights, derivatives)
     kernel = _spline(x, parameters, inverse, *how)
     grads = [_like(t) for t in parameters]
     return _backward(kernel, grad_y, grad_logdet, x, parameters, grads, sample_dims), *grads
@@ -347,6 +426,8 @@ def rational_quadratic_spline_packed_backward(
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
+    _check_spline(x, (params,), bins, bound, tails, *how[:3], sample_dims)
+    _check_gradients(grad_y, grad_logdet, x, sample_dims)
     if _is_uncovered("rational_quadratic_spline_packed_backward", bound, tails, exact, bins):
         return reference.rational_quadratic_spline_packed_backward(
             grad_y, grad_logdet, x, params, bound, bins, inverse, tails, *how, sample_dims, exact

@@ -1,8 +1,9 @@
 """Puts functions of ours in the place of a peer library's, and takes them out again.
 
-A file of this folder makes one :class:`Peer` and says with :meth:`Peer.replaces` what stands in for what. A stand-in
-has the signature of the function that it replaces, after the settings of the takeover, and returns what that would,
-or :class:`Declined`: then the peer's own code serves the call.
+A file of this folder makes one :class:`Peer` and says with :meth:`Peer.replaces` what stands in for what; it exports
+an ``enable`` of its own, and ``disable`` and ``report`` of the peer. A stand-in has the signature of the function that
+it replaces, after the settings of the takeover, and returns what that would, or :class:`Declined`: then the peer's own
+code serves the call.
 """
 
 from __future__ import annotations
@@ -120,11 +121,23 @@ class Peer:
         return Takeover(self, settings).__enter__()
 
     def disable(self) -> None:
+        """Ends every takeover; the library is as before.
+
+        >>> from pyperf_dl.integrations import nflows
+        >>> nflows.disable()
+        """
         with self._lock:
             self.open.clear()
             self.apply()
 
-    def report(self, reset: bool) -> Report:
+    def report(self, *, reset: bool = False) -> Report:
+        """Counts of the calls that met a takeover: a layer counts once, or once for each half that it transforms. Calls
+        inside compiled code are not counted.
+
+        >>> from pyperf_dl.integrations import nflows
+        >>> nflows.report(reset=True).taken >= 0
+        True
+        """
         with self._lock:
             counts = dict(self._counts)
             if reset:

@@ -23,6 +23,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("freia", "FrEIA", "0.2", "0.2")
+disable, report = _peer.disable, _peer.report
 _BLOCKS = "FrEIA.modules.coupling_layers"
 
 
@@ -172,22 +173,3 @@ def enable() -> Takeover:
     takeover = _peer.enable(Settings())
     _find_clamps()
     return takeover
-
-
-def disable() -> None:
-    """Ends every takeover; FrEIA is as before.
-
-    >>> from pyperf_dl.integrations import freia
-    >>> freia.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover, one for each half that is transformed; none from compiled code.
-
-    >>> from pyperf_dl.integrations import freia
-    >>> freia.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)

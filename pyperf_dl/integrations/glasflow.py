@@ -23,6 +23,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("glasflow", "glasflow", "0.4", "0.4")
+disable, report = _peer.disable, _peer.report
 _tanh_ranges: dict[Any, float] = {}  # of the scale activations exp(N tanh(u / 2)), by function
 _any_range: list[Any] = []  # the code of those for which N is in a closure
 
@@ -102,22 +103,3 @@ def enable(*, precision: str = "fast") -> Takeover:
         )
     _find_activations()
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; glasflow is as before.
-
-    >>> from pyperf_dl.integrations import glasflow
-    >>> glasflow.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover: a layer counts once. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import glasflow
-    >>> glasflow.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)

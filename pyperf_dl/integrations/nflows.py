@@ -22,6 +22,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("nflows", "nflows", "0.14", "0.14")
+disable, report = _peer.disable, _peer.report
 
 
 def _affine(layer: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
@@ -62,22 +63,3 @@ def enable(*, precision: str = "fast") -> Takeover:
     Report(taken=1, fell_back={})
     """
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; nflows is as before.
-
-    >>> from pyperf_dl.integrations import nflows
-    >>> nflows.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover: a layer counts once. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import nflows
-    >>> nflows.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)

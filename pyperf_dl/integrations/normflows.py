@@ -26,6 +26,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("normflows", "normflows", "1.7.2", "1.7.3")
+disable, report = _peer.disable, _peer.report
 _SPLINES = "normflows.utils.splines"
 _COUPLING = "normflows.flows.neural_spline.coupling"
 _AUTOREGRESSIVE = "normflows.flows.neural_spline.autoregressive"
@@ -181,22 +182,3 @@ def enable(*, precision: str = "fast") -> Takeover:
     Report(taken=1, fell_back={})
     """
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; normflows is as before.
-
-    >>> from pyperf_dl.integrations import normflows
-    >>> normflows.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover: a layer counts once. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import normflows
-    >>> normflows.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)

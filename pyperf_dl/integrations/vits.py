@@ -25,6 +25,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("vits", "transformers", "4.45", "5.24")
+disable, report = _peer.disable, _peer.report
 _MODELING = "transformers.models.vits.modeling_vits"
 _SMALLEST = (1e-3, 1e-3, 1e-3)
 
@@ -144,22 +145,3 @@ def enable(*, precision: str = "fast") -> Takeover:
     Report(taken=1, fell_back={})
     """
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; transformers is as before.
-
-    >>> from pyperf_dl.integrations import vits
-    >>> vits.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover: a layer counts once. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import vits
-    >>> vits.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)

@@ -27,6 +27,7 @@ from ._swap import Declined, Report, Settings, Takeover
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("zuko", "zuko", "1.5", "1.6")
+disable, report = _peer.disable, _peer.report
 _BINS = 256  # the most that the operator takes
 _GIVEN = "_pyperf_dl_given"  # on a transformation: the arguments that it was made from
 
@@ -42,7 +43,12 @@ def _lazy(theirs: type, prepared: tuple[str, ...]) -> type:
         _peer.original(theirs, "__init__")(self, *args, **kwargs)
         return self.__dict__[name]
 
-    return type(theirs.__name__, (theirs,), {"__getattr__": __getattr__, "__module__": theirs.__module__})
+    def __reduce__(self: Any) -> Any:  # noqa: N807
+        args, kwargs = self.__dict__[_GIVEN]
+        return functools.partial(theirs, **kwargs), args  # by the name that pickle finds: zuko's own
+
+    members = {"__getattr__": __getattr__, "__reduce__": __reduce__, "__module__": theirs.__module__}
+    return type(theirs.__name__, (theirs,), members)
 
 
 def _remember(self: Any, theirs: type, prepared: tuple[str, ...], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -220,22 +226,3 @@ def enable(*, precision: str = "fast") -> Takeover:
     Report(taken=1, fell_back={})
     """
     return _peer.enable(Settings(precision))
-
-
-def disable() -> None:
-    """Ends every takeover; zuko is as before.
-
-    >>> from pyperf_dl.integrations import zuko
-    >>> zuko.disable()
-    """
-    _peer.disable()
-
-
-def report(*, reset: bool = False) -> Report:
-    """Counts of the calls that met a takeover. Calls inside compiled code are not counted.
-
-    >>> from pyperf_dl.integrations import zuko
-    >>> zuko.report(reset=True).taken >= 0
-    True
-    """
-    return _peer.report(reset)
