@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from . import _checks
-from ._coupling_affine import additive_coupling, affine_coupling
+from ._coupling_affine import additive_coupling, affine_coupling, affine_coupling_packed
 from ._coupling_channels import actnorm, checked_input, checked_sample_mask, invertible_conv1x1
 from ._coupling_spline import rational_quadratic_spline_packed
 from .reference import coupling as reference
@@ -403,8 +403,14 @@ class _Coupling(_Layer):
 
     # -- the map --
 
-    def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
-        """The coupling function. part: [B, C, ...], params: [*part.shape, P]"""
+    def _takes_channels(self) -> bool:
+        """Whether `_function` takes a slice of channels, and copies the others itself."""
+        return False
+
+    def _function(
+        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+    ) -> _Result:
+        """The coupling function. part: [B, C, ...], params: [*part.shape, P]; or all of x, and its `channels`"""
         raise RuntimeError(f"{type(self).__name__}: a coupling needs a _function")
 
     def _coupled(self, part: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, inverse: bool) -> _Result:
@@ -416,6 +422,9 @@ class _Coupling(_Layer):
     def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         untouched, part = self._split(x)
         params = self._parameters_of(untouched, part, call.context)
+        at = self._where(x)[1]
+        if call.sample_mask is None and isinstance(at, slice) and self._takes_channels():
+            return self._function(x, params, call.inverse, "sum", at)
         y, logdet = self._coupled(part, params, call.sample_mask, call.inverse)
         return self._merged(x, untouched, y), logdet
 
@@ -494,8 +503,13 @@ class AdditiveCoupling(_Coupling):
     def _parameter_names(self) -> str:
         return "shift"
 
-    def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
-        return additive_coupling(part, params[..., 0], inverse=inverse, logdet=logdet)
+    def _takes_channels(self) -> bool:
+        return True
+
+    def _function(
+        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+    ) -> _Result:
+        return additive_coupling(part, params[..., 0], channels=channels, inverse=inverse, logdet=logdet)
 
 
 class AffineCoupling(_Coupling):
@@ -542,7 +556,7 @@ class AffineCoupling(_Coupling):
         super().__init__(conditioner, mask, swap, layout, save)
         name, orders = "AffineCoupling", ("scale_shift", "shift_scale")
         activations = [a for a in reference.ACTIVATIONS if a != "none"]
-        self.scale_at = 0 if _checks.choice(name, "parameters", parameters, orders) == "scale_shift" else 1
+        self.parameter_order = _checks.choice(name, "parameters", parameters, orders)
         self.options = {
             "activation": _checks.choice(name, "activation", activation, activations),
             "clamp": clamp,
@@ -557,12 +571,20 @@ class AffineCoupling(_Coupling):
         return 2 * _checks.integer("AffineCoupling.parameter_count", "features", features, 0)
 
     def _parameter_names(self) -> str:
-        return "shift, scale" if self.scale_at else "scale, shift"
+        return self.parameter_order.replace("_", ", ")
 
-    def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
-        scale, shift = params[..., self.scale_at], params[..., 1 - self.scale_at]
+    def _takes_channels(self) -> bool:
+        return not self.options["volume_preserving"]
+
+    def _function(
+        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+    ) -> _Result:
         if not self.options["volume_preserving"]:
-            return affine_coupling(part, scale, shift, inverse=inverse, logdet=logdet, **self.options)
+            how = {name: value for name, value in self.options.items() if name != "volume_preserving"}
+            how |= {"channels": channels, "parameters": self.parameter_order, "inverse": inverse, "logdet": logdet}
+            return affine_coupling_packed(part, params, **how)
+        scale_at = 0 if self.parameter_order == "scale_shift" else 1
+        scale, shift = params[..., scale_at], params[..., 1 - scale_at]
         # Over the channels, so that no position depends on another one, and a sample mask on none.
         y, zeros = affine_coupling(part, scale, shift, inverse=inverse, sum_dims=1, **self.options)
         return y, zeros.unsqueeze(1) if logdet == "elementwise" else zeros.flatten(1).sum(
@@ -654,7 +676,9 @@ class SplineCoupling(_Coupling):
         derivatives = self.params_per_feature - 2 * self.bins
         return f"{self.bins} widths, {self.bins} heights, {derivatives} derivatives for tails={self.options['tails']!r}"
 
-    def _function(self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str) -> _Result:
+    def _function(
+        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+    ) -> _Result:
         options = {**self.options, "inverse": inverse, "logdet": logdet}
         if self.tail_bound is not None:
             options["tail_bound"] = self.tail_bound
