@@ -34,6 +34,17 @@ class Conditioner(nn.Module):
         return raw if self.per_feature is None else raw.unflatten(1, (-1, self.per_feature))
 
 
+class Returning(nn.Module):
+    """A conditioner that says the same whatever it sees."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
 KINDS = {
     "additive": (AdditiveCoupling, {}, 1),
     "affine": (AffineCoupling, {"activation": "tanh", "clamp": 1.5}, 2),
@@ -156,16 +167,8 @@ def test_layouts_say_the_same(kind, shape):
     x = sample(shape)
     apart = sample((shape[0], 3, count, *shape[2:]), seed=5)  # [B, C, P, ...]
 
-    class Given(nn.Module):
-        def __init__(self, raw):
-            super().__init__()
-            self.raw = raw
-
-        def forward(self, untouched):
-            return self.raw
-
     def result(raw, **how):
-        return cls(Given(raw), **options, **how)(x)
+        return cls(Returning(raw), **options, **how)(x)
 
     want = result(apart)
     params = apart.movedim(2, -1)
@@ -997,15 +1000,6 @@ FACTORIES = {
     "AffineCoupling": AffineCoupling,
     "SplineCoupling": lambda conditioner, **how: SplineCoupling(conditioner, 4, **how),
 }
-
-
-class Returning(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return self.value
 
 
 @pytest.mark.parametrize(("error", "message", "call"), BAD_COUPLING, ids=range(len(BAD_COUPLING)))

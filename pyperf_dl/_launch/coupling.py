@@ -283,11 +283,6 @@ def affine_coupling_backward(
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
 
-def _affine_pair(params: torch.Tensor, shift_leads: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    first, last = params[..., 0], params[..., -1]
-    return (last, first) if shift_leads else (first, last)
-
-
 def _check_packed(x: torch.Tensor, params: torch.Tensor, activation: str, split: Sequence[int]) -> None:
     if params.dim() != x.dim() + 1:
         raise _refusal("params must have the dimensions of x and one more", list(params.shape))
@@ -308,7 +303,7 @@ def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, s
     _check_packed(x, params, activation, split)
     how = (inverse, activation, clamp, shift_first, sample_dims)
     part = reference.part_of(x, split, params.shape[split[0]]) if split else x
-    y, logdet = affine_coupling(part, *_affine_pair(params, shift_leads), *how)
+    y, logdet = affine_coupling(part, *reference.scale_and_shift(params, shift_leads), *how)
     return (reference.with_part(x, split, y) if split else y), logdet
 
 
@@ -323,10 +318,10 @@ def affine_coupling_packed_backward(
         x, grad_part = (reference.part_of(t, split, params.shape[split[0]]) for t in (x, grad_y))
     else:
         grad_part = grad_y
-    pair, grad_params = _affine_pair(params, shift_leads), _like(params)
+    pair, grad_params = reference.scale_and_shift(params, shift_leads), _like(params)
     kernel = _affine(x, *pair, inverse, activation, clamp, shift_first, sample_dims)
     _check_gradients(grad_part, grad_logdet, x, sample_dims)
-    grads = _affine_pair(grad_params, shift_leads)
+    grads = reference.scale_and_shift(grad_params, shift_leads)
     grad_x = _backward(kernel, grad_part, grad_logdet, x, pair, grads, sample_dims)
     return (reference.with_part(grad_y, split, grad_x) if split else grad_x), grad_params
 

@@ -114,6 +114,12 @@ def with_part(x: torch.Tensor, split: Sequence[int], part: torch.Tensor) -> torc
     return x.slice_scatter(part, *_some_channels(split, part.shape[split[0]]))
 
 
+def scale_and_shift(params: torch.Tensor, shift_leads: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parameters in the last dimension; one that stands alone is both."""
+    first, last = params[..., 0], params[..., -1]
+    return (last, first) if shift_leads else (first, last)
+
+
 def affine_coupling_packed(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -126,8 +132,7 @@ def affine_coupling_packed(
     sample_dims: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for some channels of x. params: scale and shift in the last dimension, or a shift alone ("none")."""
-    first, last = params[..., 0], params[..., -1]
-    scale, shift = (last, first) if shift_leads else (first, last)
+    scale, shift = scale_and_shift(params, shift_leads)
     how = (inverse, activation, clamp, shift_first, sample_dims)
     if not split:
         return affine_coupling(x, scale, shift, *how)
