@@ -3,6 +3,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../kernels/common/storage.h"
@@ -58,13 +59,13 @@ struct Split {
   int64_t dim = -1, first = 0, step = 1, count = 0;
 
   Split() = default;
-  // split: empty for all channels, or dim, first, step.
-  Split(const Tensor& x, const Tensor& params, const std::vector<int64_t>& split) {
+  // split: none for all channels, or dim, first, step. (Inductor's packages lose the type of an empty list.)
+  Split(const Tensor& x, const Tensor& params, const std::optional<std::vector<int64_t>>& split) {
     require(params.dim() == x.dim() + 1, "coupling: params must have the dimensions of x and one more");
-    if (split.empty()) return;
-    require(split.size() == 3 && split[0] >= 0 && split[0] < x.dim(),
+    if (!split) return;
+    require(split->size() == 3 && split->front() >= 0 && split->front() < x.dim(),
             "coupling: split must be a dimension of x, the first channel, and a step");
-    dim = split[0], first = split[1], step = split[2], count = params.size(dim);
+    dim = (*split)[0], first = (*split)[1], step = (*split)[2], count = params.size(dim);
     const int64_t channels = x.size(dim);
     require(first >= 0 && first <= channels && step >= 1 && step <= std::max<int64_t>(1, channels) &&
                 (count == 0 || (count - 1) * step < channels - first),
@@ -73,6 +74,7 @@ struct Split {
 
   bool whole() const { return dim < 0; }
   Strided part_of(const Strided& t) const { return whole() ? t : t.part(dim, first, step, count); }
+  Tensor view_of(const Tensor& t) const { return whole() ? t : sliced(t, dim, first, end(), step); }
   // The shape of that part.
   std::vector<int64_t> shape(const Tensor& x) const {
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -82,30 +84,43 @@ struct Split {
 
   void copy_others(const Tensor& from, const Tensor& to) const {
     if (whole()) return;
-    const int64_t channels = from.size(dim), end = count ? first + (count - 1) * step + 1 : first;
     copy_some(from, to, 0, first, 1);
-    copy_some(from, to, end, channels, 1);
-    for (int64_t i = 1; i < step && count > 1; ++i) copy_some(from, to, first + i, end, step);
+    copy_some(from, to, end(), from.size(dim), 1);
+    for (int64_t i = 1; i < step && count > 1; ++i) copy_some(from, to, first + i, end(), step);
   }
 
  private:
+  int64_t end() const { return count ? first + (count - 1) * step + 1 : first; }
+
   void copy_some(const Tensor& from, const Tensor& to, int64_t begin, int64_t end, int64_t step) const {
     if (begin >= end) return;
-    const auto some = [&](const Tensor& t) {
-      using torch::stable::detail::from;
-      std::array<StableIValue, 5> stack{from(t), from(dim), from(std::optional<int64_t>(begin)),
-                                        from(std::optional<int64_t>(end)), from(step)};
-      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::slice", "Tensor", stack.data(), TORCH_ABI_VERSION));
-      return torch::stable::detail::to<Tensor>(stack[0]);
-    };
-    Tensor into = some(to);
-    copy_(into, some(from));
+    Tensor into = sliced(to, dim, begin, end, step);
+    copy_(into, sliced(from, dim, begin, end, step));
   }
 };
 
 // The first `dims` sizes.
 inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
   return {t.sizes().begin(), t.sizes().begin() + dims};
+}
+
+// New tensors: like `t`, which keeps the order of its dimensions in memory, and in logical order.
+inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
+  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), dtype);
+}
+inline Tensor contiguous_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> logical(sizes.size());
+  std::iota(logical.begin(), logical.end(), int64_t(0));
+  return empty(like, sizes, logical, dtype);
+}
+
+// y and the log-det, not yet filled.
+inline std::tuple<Tensor, Tensor> empty_outputs(const Tensor& x, const Split& split, int64_t sample_dims) {
+  const Tensor y = empty_as(x, x.scalar_type());
+  std::vector<int64_t> sizes = split.shape(x);
+  if (sample_dims < 0) return {y, empty(x, sizes, preserved_layout(x), logdet_type(x))};
+  sizes.resize(sample_dims);
+  return {y, contiguous_empty(x, sizes, logdet_type(x))};
 }
 
 }  // namespace pyperf::coupling

@@ -38,7 +38,7 @@ struct AffineOnCpu {
 // scale and shift, or the shift alone for the activation "none", in their last dimension; split is empty, or the
 // dimension of x of which some channels are transformed, the first of them, and how far they are apart.
 #define PYPERF_AFFINE_STATICS "bool inverse, str activation, float clamp, bool shift_first, "
-#define PYPERF_AFFINE_PACKED_STATICS PYPERF_AFFINE_STATICS "bool shift_leads, SymInt[] split, SymInt sample_dims"
+#define PYPERF_AFFINE_PACKED_STATICS PYPERF_AFFINE_STATICS "bool shift_leads, SymInt[]? split, SymInt sample_dims"
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
   m.def("affine_coupling(Tensor x, Tensor scale, Tensor shift, " PYPERF_AFFINE_STATICS
         "SymInt sample_dims) -> (Tensor, Tensor)");

@@ -93,7 +93,7 @@ struct Packing {
 };
 
 inline Split checked_split(const Tensor& x, const Tensor& params, const Packing& packing,
-                           const std::vector<int64_t>& split, const AffineArguments& how) {
+                           const std::optional<std::vector<int64_t>>& split, const AffineArguments& how) {
   const Split channels(x, params, split);
   std::vector<int64_t> sizes = channels.shape(x);
   sizes.push_back(packing.count);
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
 template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, bool inverse, std::string activation,
                                                   double clamp, bool shift_first, bool shift_leads,
-                                                  std::vector<int64_t> split, int64_t sample_dims) {
+                                                  std::optional<std::vector<int64_t>> split, int64_t sample_dims) {
   const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
   const affine::Packing packing(params, shift_leads, activation == "none");
   const Split channels = affine::checked_split(x, params, packing, split, how);
@@ -240,7 +240,8 @@ template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor params,
                                                            bool inverse, std::string activation, double clamp,
                                                            bool shift_first, bool shift_leads,
-                                                           std::vector<int64_t> split, int64_t sample_dims) {
+                                                           std::optional<std::vector<int64_t>> split,
+                                                           int64_t sample_dims) {
   require(activation != "none", "affine_coupling: an additive coupling needs no kernel for its gradients");
   const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
   const affine::Packing packing(params, shift_leads, false);

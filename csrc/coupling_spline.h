@@ -26,7 +26,7 @@ inline Tails tails_named(const std::string& name) {
 
 // Arguments of the operator beside x and its parameters.
 struct SplineArguments {
-  std::optional<Tensor> bound;  // of each element
+  std::optional<Tensor> bound, mask;  // of each element
   bool inverse;
   std::string tails, parametrization;
   std::vector<double> box, least;
@@ -66,21 +66,29 @@ inline bool follows(const Parameters& after, const Parameters& before) {
 // Tensors of one call. Forward: no gradients, logdet is a result. Backward: logdet is its gradient.
 struct SplineTensors {
   Tensor x;
-  std::array<Parameters, 3> parameters;  // widths, heights, derivatives
-  std::array<Parameters, 3> gradients;   // of them; only in a backward
-  const Tensor* grad_y = nullptr;
-  const Tensor* bound = nullptr;
+  std::array<Parameters, 3> parameters;  // widths, heights, derivatives; of size 1 where elements share them
+  std::array<Parameters, 3> gradients;   // of them; only in a backward in which each element has its own
+  const Tensor *grad_y = nullptr, *bound = nullptr, *mask = nullptr;
   Tensor logdet, result;
+  std::optional<Tensor> shared;  // double, [*sizes of the parameters]: sums of gradients
   bool backward = false;
 };
 
-inline void check_parameters(const Tensor& x, const Parameters& p, int64_t count, ScalarType type) {
-  require(p.of->dim() == x.dim() + 1 && std::equal(x.sizes().begin(), x.sizes().end(), p.of->sizes().begin()),
-          "coupling: parameters must have the shape of x and one more dimension");
-  require(p.first >= 0 && p.count == count && p.first + p.count <= p.of->size(x.dim()),
-          "coupling: unexpected number of parameters");
-  require(p.of->device() == x.device(), "coupling: tensors must be on one device");
-  require(p.of->scalar_type() == type, "coupling: widths, heights and derivatives must have one dtype");
+inline void check_parameters(const Tensor& x, const std::array<Parameters, 3>& parameters,
+                             const std::array<int64_t, 3>& counts) {
+  const Tensor& first = *parameters[0].of;
+  for (int k = 0; k < 3; ++k) {
+    const Parameters& p = parameters[k];
+    require(p.of->dim() == x.dim() + 1, "coupling: parameters must have the dimensions of x and one more");
+    for (int64_t d = 0; d < x.dim(); ++d)
+      require((p.of->size(d) == x.size(d) || p.of->size(d) == 1) && p.of->size(d) == first.size(d),
+              "coupling: parameters must have one shape, that of x or 1 in its place, and one more dimension");
+    require(p.first >= 0 && p.count == counts[k] && p.first + p.count <= p.of->size(x.dim()),
+            "coupling: unexpected number of parameters");
+    require(p.of->device() == x.device(), "coupling: tensors must be on one device");
+    require(p.of->scalar_type() == first.scalar_type(),
+            "coupling: widths, heights and derivatives must have one dtype");
+  }
 }
 
 inline void check_shape(const char* what, const Tensor& t, const Tensor& x, int64_t dims) {
@@ -91,53 +99,90 @@ inline void check_shape(const char* what, const Tensor& t, const Tensor& x, int6
 
 inline void check_arguments(const Tensor& x, const SplineArguments& how) {
   require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
-  if (!how.bound) return;
-  check_shape("bound", *how.bound, x, x.dim());
-  require(how.bound->scalar_type() == logdet_type(x), "coupling: bound must have the dtype of log-dets");
+  if (how.bound) {
+    check_shape("bound", *how.bound, x, x.dim());
+    require(how.bound->scalar_type() == logdet_type(x), "coupling: bound must have the dtype of log-dets");
+  }
+  if (how.mask) {
+    check_shape("mask", *how.mask, x, x.dim());
+    require(how.mask->scalar_type() == ScalarType::Bool, "coupling: mask must be bool");
+  }
+}
+
+// Whether elements share parameters along a dimension of x.
+inline bool share(const Tensor& x, const Tensor& parameters, int64_t d) {
+  return parameters.size(d) == 1 && x.size(d) != 1;
+}
+inline bool share(const Tensor& x, const Tensor& parameters) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (share(x, parameters, d)) return true;
+  return false;
 }
 
 // ---- elements ----
 
-// Apart from the operands, which could not be walked in long rows beside a tensor that repeats. False as below.
-inline bool spline_bounds(const SplineTensors& t, int64_t sample_dims, SplineBounds& bounds) {
-  bounds.data = nullptr;
-  if (!t.bound) return true;
-  std::array<const int64_t*, 2> strides{t.bound->strides().data(), t.result.strides().data()};
-  const ElementRuns<2> runs(t.x.sizes().data(), t.x.dim(), strides, std::max<int64_t>(sample_dims, 0));
-  if (!runs.fits) return false;
-  bounds.rows.count = runs.rows.count, bounds.rows.dims = runs.rows.dims;
-  for (int d = 0; d < runs.rows.dims; ++d) {
-    bounds.rows.size[d] = runs.rows.size[d];
-    bounds.rows.stride[0][d] = runs.rows.stride[0][d];
+// The dimensions of x in the order in which elements are walked; the first ones are those of samples.
+struct SplineOrder {
+  std::vector<int64_t> dims, sizes;
+  int64_t sample_dims;
+
+  SplineOrder(const SplineTensors& t, int64_t summed_behind) : sample_dims(std::max<int64_t>(summed_behind, 0)) {
+    for (int64_t d = 0; d < t.x.dim(); ++d) dims.push_back(d);
+    if (t.shared) {
+      const auto own = [&](int64_t d) { return !share(t.x, *t.parameters[0].of, d); };
+      sample_dims = std::stable_partition(dims.begin(), dims.end(), own) - dims.begin();
+    }
+    for (int64_t d : dims) sizes.push_back(t.x.size(d));
   }
-  bounds.n = runs.n, bounds.stride = runs.stride[0];
-  bounds.data = t.bound->data_ptr();
+  // Of what is repeated along dimensions in which it has size 1, or which it does not have.
+  std::vector<int64_t> strides(const Tensor& t) const {
+    std::vector<int64_t> of;
+    for (int64_t d : dims) of.push_back(d >= t.dim() || t.size(d) == 1 ? 0 : t.stride(d));
+    return of;
+  }
+};
+
+// False as below.
+inline bool walk_apart(const Tensor* t, const SplineOrder& order, const Tensor& result, Aside& aside) {
+  aside.data = nullptr;
+  if (!t) return true;
+  const auto own = order.strides(*t), of_result = order.strides(result);
+  const ElementRuns<2> runs(order.sizes.data(), int64_t(order.sizes.size()), {own.data(), of_result.data()},
+                            order.sample_dims);
+  if (!runs.fits) return false;
+  aside.rows.count = runs.rows.count, aside.rows.dims = runs.rows.dims;
+  for (int d = 0; d < runs.rows.dims; ++d) {
+    aside.rows.size[d] = runs.rows.size[d];
+    aside.rows.stride[0][d] = runs.rows.stride[0][d];
+  }
+  aside.n = runs.n, aside.stride = runs.stride[0];
+  aside.data = t->data_ptr();
   return true;
 }
 
 // False where the tensors' dimensions cannot be walked as they are.
 inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineElements& e) {
   const Tensor& x = t.x;
-  const int64_t dims = x.dim();
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  e.summed = sample_dims >= 0;
+  const SplineOrder order(t, sample_dims);
+  const bool own_gradients = t.backward && !t.shared;
+  e.summed = sample_dims >= 0 && !t.shared;
+  e.shared = t.shared ? static_cast<double*>(t.shared->data_ptr()) : nullptr;
   std::array<const Tensor*, kSplineOperands> operands{};
   operands.fill(&t.result);
   operands[kInput] = &x;
   for (int k = 0; k < 3; ++k) {
     operands[kWidths + k] = t.parameters[k].of;
-    if (t.backward) operands[kGradWidths + k] = t.gradients[k].of;
+    if (own_gradients) operands[kGradWidths + k] = t.gradients[k].of;
   }
   if (t.backward) operands[kGradOutput] = t.grad_y;
   if (!e.summed) operands[kLogdet] = &t.logdet;
   std::array<std::vector<int64_t>, kSplineOperands> strides;
   std::array<const int64_t*, kSplineOperands> starts{};
   for (int k = 0; k < kSplineOperands; ++k) {
-    const Tensor& walked = operands[k]->numel() == 0 ? t.result : *operands[k];  // one bin has no derivatives
-    for (int64_t d = 0; d < dims; ++d) strides[k].push_back(walked.stride(d));
+    strides[k] = order.strides(operands[k]->numel() == 0 ? t.result : *operands[k]);  // one bin has no derivatives
     starts[k] = strides[k].data();
   }
-  const ElementRuns<kSplineOperands> runs(sizes.data(), dims, starts, std::max<int64_t>(sample_dims, 0));
+  const ElementRuns<kSplineOperands> runs(order.sizes.data(), x.dim(), starts, order.sample_dims);
   if (!runs.fits) return false;
   e.rows = runs.rows;
   e.n = runs.n;
@@ -152,25 +197,27 @@ inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineE
   for (int k = 0; k < 3; ++k) {
     e.data[kWidths + k] = t.parameters[k].data();
     e.parameter_stride[kWidths + k] = t.parameters[k].stride();
-    if (!t.backward) continue;
+    if (!own_gradients) continue;
     e.data[kGradWidths + k] = t.gradients[k].data();
     e.parameter_stride[kGradWidths + k] = t.gradients[k].stride();
   }
   e.packed = follows(t.parameters[1], t.parameters[0]) && follows(t.parameters[2], t.parameters[1]);
-  if (t.backward) {
-    e.data[kGradOutput] = t.grad_y->data_ptr();
+  if (t.backward) e.data[kGradOutput] = t.grad_y->data_ptr();
+  if (own_gradients)
     e.grads_packed = follows(t.gradients[1], t.gradients[0]) && follows(t.gradients[2], t.gradients[1]);
-  }
   (e.summed ? e.sample_logdet : e.data[kLogdet]) = t.logdet.data_ptr();
-  return spline_bounds(t, sample_dims, e.bounds);
+  return walk_apart(t.bound, order, t.result, e.bounds) && walk_apart(t.mask, order, t.result, e.mask);
+}
+
+inline bool is_wide(const Tensor& x, const std::array<Parameters, 3>& parameters, const SplineArguments& how) {
+  return how.exact || x.scalar_type() == ScalarType::Double || parameters[0].of->scalar_type() == ScalarType::Double;
 }
 
 template <class Backend, bool kBackward>
 bool run_spline(const SplineTensors& t, const SplineArguments& how, int64_t bins) {
   SplineElements e{};
   if (!spline_elements(t, how.sample_dims, e)) return false;
-  const bool wide = how.exact || e.type == Storage::f64 || e.parameter_type == Storage::f64;
-  if (wide)
+  if (is_wide(t.x, t.parameters, how))
     Backend::template spline<kBackward>(e, how.spline<double>(bins), t.x);
   else
     Backend::template spline<kBackward>(e, how.spline<float>(bins), t.x);
@@ -179,92 +226,126 @@ bool run_spline(const SplineTensors& t, const SplineArguments& how, int64_t bins
 
 // ---- operators ----
 
-// The same arguments with a copy of the bounds, which can always be walked.
+// The same arguments with copies of the tensors, which can always be walked.
 inline SplineArguments copied(SplineArguments how) {
   if (how.bound) how.bound = contiguous(*how.bound);
+  if (how.mask) how.mask = contiguous(*how.mask);
   return how;
 }
-// The same parameters in `copies`.
-inline std::array<Parameters, 3> copied(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& copies) {
+// The same parameters in `copies`, of the given dtype or as they are.
+inline std::array<Parameters, 3> copied(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& copies,
+                                        std::optional<ScalarType> type = {}) {
   for (int k = 0; k < 3; ++k) {
-    copies[k] = contiguous(*parameters[k].of);
+    const Tensor& of = *parameters[k].of;
+    copies[k] = type ? contiguous_empty(of, sizes_of(of, of.dim()), *type) : contiguous(of);
+    if (type) copy_(copies[k], of);
     parameters[k].of = &copies[k];
   }
   return parameters;
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters,
-                                          const SplineArguments& how, int64_t bins) {
-  const Spline<double> s = how.spline<double>(bins);
-  const int64_t counts[] = {bins, bins, s.derivatives()};
-  for (int k = 0; k < 3; ++k) check_parameters(x, parameters[k], counts[k], parameters[0].of->scalar_type());
+inline SplineTensors checked_tensors(const Tensor& x, const std::array<Parameters, 3>& parameters,
+                                     const SplineArguments& how, int64_t bins) {
+  check_parameters(x, parameters, {bins, bins, how.spline<double>(bins).derivatives()});
   check_arguments(x, how);
   SplineTensors t;
   t.x = x;
   t.parameters = parameters;
   t.bound = how.bound ? &*how.bound : nullptr;
-  const auto layout = preserved_layout(x);
-  t.result = empty(x, sizes_of(x, x.dim()), layout, x.scalar_type());
-  if (how.sample_dims < 0) {
-    t.logdet = empty(x, sizes_of(x, x.dim()), layout, logdet_type(x));
-  } else {
-    std::vector<int64_t> logical(how.sample_dims);
-    std::iota(logical.begin(), logical.end(), int64_t(0));
-    t.logdet = empty(x, sizes_of(x, how.sample_dims), logical, logdet_type(x));
-  }
-  if (run_spline<Backend, false>(t, how, bins)) return {t.result, t.logdet};
-  std::array<Tensor, 3> copies;
-  const auto [y, logdet] = spline_forward<Backend>(contiguous(x), copied(parameters, copies), copied(how), bins);
-  copy_(t.result, y);
-  copy_(t.logdet, logdet);
-  return {t.result, t.logdet};
+  t.mask = how.mask ? &*how.mask : nullptr;
+  return t;
 }
 
-// Gradients of x, and of the parameters into `gradients`, whose tensors are there.
+// Fills y and the log-det of x.
 template <class Backend>
-Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
-                       const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
-                       const SplineArguments& how, int64_t bins) {
-  const Spline<double> s = how.spline<double>(bins);
-  const int64_t counts[] = {bins, bins, s.derivatives()};
-  for (int k = 0; k < 3; ++k) check_parameters(x, parameters[k], counts[k], parameters[0].of->scalar_type());
-  check_arguments(x, how);
+void spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters, const SplineArguments& how,
+                    int64_t bins, Tensor y, Tensor logdet) {
+  SplineTensors t = checked_tensors(x, parameters, how, bins);
+  t.result = y, t.logdet = logdet;
+  if (run_spline<Backend, false>(t, how, bins)) return;
+  std::array<Tensor, 3> copies;
+  const Tensor dense_y = contiguous(y), dense_logdet = contiguous(logdet);
+  spline_forward<Backend>(contiguous(x), copied(parameters, copies), copied(how), bins, dense_y, dense_logdet);
+  copy_(y, dense_y);
+  copy_(logdet, dense_logdet);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters,
+                                          const SplineArguments& how, int64_t bins, const Split& split) {
+  require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
+  const auto [y, logdet] = empty_outputs(x, split, how.sample_dims);
+  spline_forward<Backend>(split.view_of(x), parameters, how, bins, split.view_of(y), logdet);
+  split.copy_others(x, y);
+  return {y, logdet};
+}
+
+// Fills the gradients of x, and of the parameters into `gradients`.
+template <class Backend>
+void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
+                     const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
+                     const SplineArguments& how, int64_t bins, Tensor grad_x) {
+  SplineTensors t = checked_tensors(x, parameters, how, bins);
   check_shape("grad_y", grad_y, x, x.dim());
   check_shape("grad_logdet", grad_logdet, x, how.sample_dims < 0 ? x.dim() : how.sample_dims);
   require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
           "coupling: a gradient has another dtype than its companion");
-  SplineTensors t;
-  t.x = x;
-  t.parameters = parameters;
-  t.bound = how.bound ? &*how.bound : nullptr;
-  t.gradients = gradients;
   t.grad_y = &grad_y;
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   t.backward = true;
-  t.result = empty(x, sizes_of(x, x.dim()), preserved_layout(x), x.scalar_type());
-  if (run_spline<Backend, true>(t, how, bins)) return t.result;
-  std::array<Tensor, 3> copies, dense;
+  t.result = grad_x;
+  std::array<Tensor, 3> copies, wide, dense;
+  if (share(x, *parameters[0].of)) {
+    // In the precision of the arithmetic: gradients may pass through memory that has the dtype of the parameters.
+    t.parameters = copied(parameters, wide, is_wide(x, parameters, how) ? ScalarType::Double : ScalarType::Float);
+    std::vector<int64_t> sizes = sizes_of(*parameters[0].of, x.dim());
+    int64_t counts = 0;
+    for (int k = 0; k < 3; ++k) counts += parameters[k].count;
+    sizes.push_back(counts);
+    t.shared = contiguous_empty(x, sizes, ScalarType::Double);
+    if (x.numel() == 0) fill_(*t.shared, 0);
+  } else {
+    t.gradients = gradients;
+  }
+  const auto finish_shared = [&] {
+    int64_t before = 0;
+    for (int k = 0; t.shared && k < 3; before += gradients[k++].count) {
+      if (gradients[k].count == 0) continue;
+      Tensor gradient = sliced(*gradients[k].of, x.dim(), gradients[k].first, gradients[k].first + gradients[k].count);
+      copy_(gradient, sliced(*t.shared, x.dim(), before, before + gradients[k].count));
+    }
+  };
+  if (run_spline<Backend, true>(t, how, bins)) return finish_shared();
   std::array<Parameters, 3> into = gradients;
   for (int k = 0; k < 3; ++k) {
     const bool packed = k > 0 && gradients[k].of == gradients[0].of;
     if (!packed) dense[k] = contiguous(*gradients[k].of);
     into[k].of = packed ? &dense[0] : &dense[k];
   }
-  const Tensor grad_x = spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x),
-                                                 copied(parameters, copies), into, copied(how), bins);
-  copy_(t.result, grad_x);
+  const Tensor dense_x = contiguous(grad_x);
+  spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), copied(parameters, copies), into,
+                           copied(how), bins, dense_x);
+  copy_(grad_x, dense_x);
   for (int k = 0; k < 3; ++k) {
     Tensor gradient = *gradients[k].of;
     if (into[k].of == &dense[k]) copy_(gradient, dense[k]);
   }
-  return t.result;
 }
 
-inline Tensor gradient_like(const Tensor& t) {
-  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), t.scalar_type());
+template <class Backend>
+Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
+                       const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
+                       const SplineArguments& how, int64_t bins, const Split& split) {
+  require(grad_y.dim() == x.dim(), "coupling: grad_y has another shape than its companion");
+  const Tensor grad_x = empty_as(x, x.scalar_type());
+  spline_backward<Backend>(split.view_of(grad_y), grad_logdet, split.view_of(x), parameters, gradients, how, bins,
+                           split.view_of(grad_x));
+  split.copy_others(grad_y, grad_x);
+  return grad_x;
 }
-inline std::array<Parameters, 3> split(const Tensor& packed, int64_t bins) {
+
+inline std::array<Parameters, 3> apart(const Tensor& packed, int64_t bins) {
+  require(packed.dim() > 0, "coupling: parameters need a dimension");
   return {Parameters{&packed, 0, bins}, Parameters{&packed, bins, bins},
           Parameters{&packed, 2 * bins, packed.size(packed.dim() - 1) - 2 * bins}};
 }
@@ -277,54 +358,56 @@ inline std::array<Parameters, 3> whole(const Tensor& widths, const Tensor& heigh
 template <class Backend>
 std::tuple<Tensor, Tensor> rational_quadratic_spline(const Tensor& x, const Tensor& widths, const Tensor& heights,
                                                      const Tensor& derivatives, std::optional<Tensor> bound,
-                                                     bool inverse, std::string tails, std::string parametrization,
-                                                     std::vector<double> box, std::vector<double> smallest,
-                                                     double logit_scale, double curve, int64_t sample_dims,
-                                                     bool exact) {
-  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
-                            smallest, logit_scale, curve, sample_dims,     exact};
+                                                     std::optional<Tensor> mask, bool inverse, std::string tails,
+                                                     std::string parametrization, std::vector<double> box,
+                                                     std::vector<double> smallest, double logit_scale, double curve,
+                                                     int64_t sample_dims, bool exact) {
+  const SplineArguments how{bound,       mask,  inverse,     tails, parametrization, box, smallest,
+                            logit_scale, curve, sample_dims, exact};
   const auto parameters = whole(widths, heights, derivatives);
-  return spline_forward<Backend>(x, parameters, how, parameters[0].count);
+  return spline_forward<Backend>(x, parameters, how, parameters[0].count, Split());
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> rational_quadratic_spline_packed(const Tensor& x, const Tensor& params,
-                                                            std::optional<Tensor> bound, int64_t bins, bool inverse,
-                                                            std::string tails, std::string parametrization,
-                                                            std::vector<double> box, std::vector<double> smallest,
-                                                            double logit_scale, double curve, int64_t sample_dims,
-                                                            bool exact) {
-  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
-                            smallest, logit_scale, curve, sample_dims,     exact};
-  require(params.dim() > 0, "coupling: parameters need a dimension");
-  return spline_forward<Backend>(x, split(params, bins), how, bins);
+                                                            std::optional<Tensor> bound, std::optional<Tensor> mask,
+                                                            int64_t bins, std::optional<std::vector<int64_t>> split,
+                                                            bool inverse, std::string tails,
+                                                            std::string parametrization, std::vector<double> box,
+                                                            std::vector<double> smallest, double logit_scale,
+                                                            double curve, int64_t sample_dims, bool exact) {
+  const SplineArguments how{bound,       mask,  inverse,     tails, parametrization, box, smallest,
+                            logit_scale, curve, sample_dims, exact};
+  return spline_forward<Backend>(x, apart(params, bins), how, bins, Split(x, params, split));
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> rational_quadratic_spline_backward(
     const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& widths, const Tensor& heights,
-    const Tensor& derivatives, std::optional<Tensor> bound, bool inverse, std::string tails,
+    const Tensor& derivatives, std::optional<Tensor> bound, std::optional<Tensor> mask, bool inverse, std::string tails,
     std::string parametrization, std::vector<double> box, std::vector<double> smallest, double logit_scale,
     double curve, int64_t sample_dims, bool exact) {
-  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
-                            smallest, logit_scale, curve, sample_dims,     exact};
+  const SplineArguments how{bound,       mask,  inverse,     tails, parametrization, box, smallest,
+                            logit_scale, curve, sample_dims, exact};
   const auto parameters = whole(widths, heights, derivatives);
-  const Tensor gw = gradient_like(widths), gh = gradient_like(heights), gd = gradient_like(derivatives);
-  const Tensor gx =
-      spline_backward<Backend>(grad_y, grad_logdet, x, parameters, whole(gw, gh, gd), how, parameters[0].count);
+  const ScalarType type = widths.scalar_type();
+  const Tensor gw = empty_as(widths, type), gh = empty_as(heights, type), gd = empty_as(derivatives, type);
+  const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, parameters, whole(gw, gh, gd), how,
+                                             parameters[0].count, Split());
   return {gx, gw, gh, gd};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> rational_quadratic_spline_packed_backward(
     const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& params, std::optional<Tensor> bound,
-    int64_t bins, bool inverse, std::string tails, std::string parametrization, std::vector<double> box,
-    std::vector<double> smallest, double logit_scale, double curve, int64_t sample_dims, bool exact) {
-  const SplineArguments how{bound,    inverse,     tails, parametrization, box,
-                            smallest, logit_scale, curve, sample_dims,     exact};
-  require(params.dim() > 0, "coupling: parameters need a dimension");
-  const Tensor grad = gradient_like(params);
-  const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, split(params, bins), split(grad, bins), how, bins);
+    std::optional<Tensor> mask, int64_t bins, std::optional<std::vector<int64_t>> split, bool inverse,
+    std::string tails, std::string parametrization, std::vector<double> box, std::vector<double> smallest,
+    double logit_scale, double curve, int64_t sample_dims, bool exact) {
+  const SplineArguments how{bound,       mask,  inverse,     tails, parametrization, box, smallest,
+                            logit_scale, curve, sample_dims, exact};
+  const Tensor grad = empty_as(params, params.scalar_type());
+  const Tensor gx = spline_backward<Backend>(grad_y, grad_logdet, x, apart(params, bins), apart(grad, bins), how, bins,
+                                             Split(x, params, split));
   return {gx, grad};
 }
 

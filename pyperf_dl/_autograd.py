@@ -39,6 +39,11 @@ _unregistered_sharding: list[tuple[Operator, Any]] = []
 _decompositions: dict[Any, Callable[..., Any]] = {}
 
 
+def is_plain(t: torch.Tensor) -> bool:
+    """Not a subclass that distributes, wraps or records."""
+    return type(t) in _PLAIN
+
+
 def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
     return args[0].requires_grad or (tensors > 1 and any(t is not None and t.requires_grad for t in args[1:tensors]))
 
@@ -104,7 +109,7 @@ class Operator:
             return registered.op(*args)
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return registered.function.apply(*args)
-        if type(first) not in _PLAIN or _len_torch_dispatch_stack():
+        if not is_plain(first) or _len_torch_dispatch_stack():
             _register_late()
             return registered.op(*args)
         if torch.is_grad_enabled() and _any_requires_grad(args, self.tensors):

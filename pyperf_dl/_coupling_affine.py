@@ -11,7 +11,19 @@ import torch
 
 from . import _checks
 from ._autograd import Operator
-from ._coupling_spline import DTYPES, HALF_DTYPES, _arranged, _checked_parameters, _like, _number, checked_companion
+from ._coupling_spline import (
+    DTYPES,
+    HALF_DTYPES,
+    _arranged,
+    _checked_parameters,
+    _like,
+    _number,
+    checked_companion,
+    fake_outputs,
+    sample_dims_of,
+    split_behind,
+    transformed_channels,
+)
 from .reference import coupling as reference
 
 ACTIVATIONS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
@@ -26,19 +38,12 @@ ORDERS = ("scale_shift", "shift_scale")
 
 
 def _fake_forward(x, scale, shift, *statics):
-    return _fake_outputs(x, list(x.shape), statics[-1])
+    return fake_outputs(x, x.shape, statics[-1])
 
 
 def _fake_packed_forward(x, params, *statics):
     *_, split, sample_dims = statics
-    return _fake_outputs(x, list(params.shape[:-1] if split else x.shape), sample_dims)
-
-
-def _fake_outputs(x, transformed, sample_dims):
-    dtype = reference.logdet_dtype(x)
-    if sample_dims >= 0:
-        return _like(x), x.new_empty(transformed[:sample_dims], dtype=dtype)
-    return _like(x), _like(x, dtype, transformed)
+    return fake_outputs(x, params.shape[:-1] if split else x.shape, sample_dims)
 
 
 def _fake_backward(grad_y, grad_logdet, *tensors_and_statics):
@@ -99,18 +104,16 @@ def _batched(*args):
 
 
 def _batched_packed(*args):
-    *rest, split, sample_dims = args
-    return (*rest, [split[0] + 1, *split[1:]] if split else split, sample_dims if sample_dims < 0 else sample_dims + 1)
+    *rest, split, sample_dims = _batched(*args)
+    return (*rest, split_behind(split), sample_dims)
 
 
 def _sample_dims(*args):
-    """Dimensions in front, along which tensors may be sharded: all of them where nothing is summed."""
-    return range(len(args[0].shape) if args[-1] < 0 else args[-1])
+    return sample_dims_of(args[0], args[0], None, args[-1])
 
 
 def _packed_sample_dims(*args):
-    split = args[-2]
-    return [d for d in _sample_dims(*args) if not split or d != split[0]]
+    return sample_dims_of(args[0], args[0], args[-2], args[-1])
 
 
 def _operations(per_element: int, activation_at: int) -> Any:
@@ -217,25 +220,6 @@ def _sum_arranged(
     # The permutation for splines, whose parameters have a dimension more.
     x, moved, sample_dims, back = _arranged(op, x, [p.unsqueeze(-1) for p in parameters], logdet, sum_dims)
     return x, [p.squeeze(-1) for p in moved], sample_dims, back
-
-
-def _split(op: str, channels: Any, x: Any) -> tuple[torch.Size, list[int]]:
-    """The shape of what is transformed, and the operator's split."""
-    _checks.strided_tensor(op, "x", x, DTYPES)
-    if channels is None:
-        return x.shape, []
-    if not isinstance(channels, slice):
-        raise TypeError(f"{op}: channels must be a slice of dim 1 of x, or None, got {_checks.described(channels)}")
-    if x.dim() < 2:
-        raise ValueError(f"{op}: channels needs an x of at least 2 dimensions, got {_checks.described(x)}")
-    try:
-        first, last, step = channels.indices(int(x.shape[1]))
-    except (TypeError, ValueError):
-        step = 0
-    if step < 1:
-        raise ValueError(f"{op}: channels must be a slice of ints with a step >= 1, got {channels}")
-    count = len(range(first, last, step))
-    return torch.Size((x.shape[0], count, *x.shape[2:])), [1, first, step]
 
 
 def _centred(scale: torch.Tensor, x: torch.Tensor, activation: str, clamp: float, sample_dims: int) -> torch.Tensor:
@@ -359,7 +343,7 @@ def affine_coupling_packed(
     op = "affine_coupling_packed"
     bound, shift_first = _planned_once(op, inverse, activation, clamp, order, False, logdet)
     _checks.choice(op, "parameters", parameters, ORDERS)
-    shape, split = _split(op, channels, x)
+    shape, split = transformed_channels(op, channels, x)
     params = _checked_parameters(op, "params", params, x, shape)
     if params.shape[-1] != 2:
         raise ValueError(
@@ -370,7 +354,13 @@ def affine_coupling_packed(
 
 
 def _packed_call(
-    op: str, x: torch.Tensor, params: torch.Tensor, how: tuple[Any, ...], split: list[int], logdet: str, sum_dims: Any
+    op: str,
+    x: torch.Tensor,
+    params: torch.Tensor,
+    how: tuple[Any, ...],
+    split: list[int] | None,
+    logdet: str,
+    sum_dims: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, (params,), sample_dims, back = _arranged(op, x, [params], logdet, sum_dims)
     if back is not None and split:
@@ -413,6 +403,6 @@ def additive_coupling(
     op = "additive_coupling"
     _checks.flag(op, "inverse", inverse)
     _checks.choice(op, "logdet", logdet, ("sum", "elementwise"))
-    shape, split = _split(op, channels, x)
+    shape, split = transformed_channels(op, channels, x)
     shift = _parameter(op, "shift", shift, x, shape)
     return _packed_call(op, x, shift.unsqueeze(-1), (inverse, "none", 0.0, False, False), split, logdet, sum_dims)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -369,7 +369,7 @@ class _Coupling(_Layer):
     # -- parameters --
 
     def _parameters_of(self, untouched: torch.Tensor, part: torch.Tensor, context: Any) -> torch.Tensor:
-        """What the conditioner says, as a view [*part.shape, P]."""
+        """What the conditioner says, as a view [*part.shape, P], or with 1 in place of a size other than the channels."""
         raw = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
         count, channels, positions = self.params_per_feature, part.shape[1], part.shape[2:]
         params = None
@@ -395,7 +395,7 @@ class _Coupling(_Layer):
                 f"a size other than the channels), {count} parameters ({self._parameter_names()}) for each of the "
                 f"{channels} transformed features of x, got {_checks.described(raw)}"
             )
-        return params.movedim(2, -1).expand(*part.shape, count)
+        return params.movedim(2, -1)
 
     def _parameter_names(self) -> str:
         """What the parameters of a feature are, for messages."""
@@ -403,29 +403,28 @@ class _Coupling(_Layer):
 
     # -- the map --
 
-    def _takes_channels(self) -> bool:
+    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether `_function` takes a slice of channels, and copies the others itself."""
-        return False
+        return True
 
     def _function(
-        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+        self,
+        part: torch.Tensor,
+        params: torch.Tensor,
+        mask: torch.Tensor | None,
+        inverse: bool,
+        channels: slice | None = None,
     ) -> _Result:
         """The coupling function. part: [B, C, ...], params: [*part.shape, P]; or all of x, and its `channels`"""
         raise RuntimeError(f"{type(self).__name__}: a coupling needs a _function")
-
-    def _coupled(self, part: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, inverse: bool) -> _Result:
-        if mask is None:
-            return self._function(part, params, inverse, "sum")
-        y, logdet = self._function(part, params, inverse, "elementwise")
-        return torch.where(mask, y, part), torch.where(mask, logdet, 0.0).flatten(1).sum(1)
 
     def _transform(self, x: torch.Tensor, call: _Call) -> _Result:
         untouched, part = self._split(x)
         params = self._parameters_of(untouched, part, call.context)
         at = self._where(x)[1]
-        if call.sample_mask is None and isinstance(at, slice) and self._takes_channels():
-            return self._function(x, params, call.inverse, "sum", at)
-        y, logdet = self._coupled(part, params, call.sample_mask, call.inverse)
+        if isinstance(at, slice) and self._takes_channels(x, call.sample_mask):
+            return self._function(x, params, call.sample_mask, call.inverse, at)
+        y, logdet = self._function(part, params, call.sample_mask, call.inverse)
         return self._merged(x, untouched, y), logdet
 
     def _back(
@@ -436,9 +435,9 @@ class _Coupling(_Layer):
         seen = untouched.detach().requires_grad_()
         params = self._parameters_of(seen, part, call.context)
         with torch.no_grad():
-            x = self._coupled(part, params, call.sample_mask, not call.inverse)[0]
+            x = self._function(part, params, call.sample_mask, not call.inverse)[0]
         x.requires_grad_()
-        out = self._coupled(x, params, call.sample_mask, call.inverse)
+        out = self._function(x, params, call.sample_mask, call.inverse)
         grad_untouched, grad_part = self._split(grads[0])
         grad_x, grad_seen, *found = _gradients(out, [x, seen, *wanted], (grad_part, grads[1]))
         if grad_seen is not None:
@@ -464,6 +463,14 @@ _COUPLING_ARGUMENTS = """
             ``"recompute_params"``: x; the conditioner runs again. ``"nothing"``: y; x is rebuilt from it, and the
             forward raises RuntimeError where that would lose more than half of its digits.
 """
+
+
+def _masked(function: Callable[[str], _Result], part: torch.Tensor, mask: torch.Tensor | None) -> _Result:
+    """function(logdet) where the sample mask is True."""
+    if mask is None:
+        return function("sum")
+    y, logdet = function("elementwise")
+    return torch.where(mask, y, part), torch.where(mask, logdet, 0.0).flatten(1).sum(1)
 
 
 class AdditiveCoupling(_Coupling):
@@ -503,13 +510,21 @@ class AdditiveCoupling(_Coupling):
     def _parameter_names(self) -> str:
         return "shift"
 
-    def _takes_channels(self) -> bool:
-        return True
+    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return mask is None
 
     def _function(
-        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+        self,
+        part: torch.Tensor,
+        params: torch.Tensor,
+        mask: torch.Tensor | None,
+        inverse: bool,
+        channels: slice | None = None,
     ) -> _Result:
-        return additive_coupling(part, params[..., 0], channels=channels, inverse=inverse, logdet=logdet)
+        def function(logdet: str) -> _Result:
+            return additive_coupling(part, params[..., 0], channels=channels, inverse=inverse, logdet=logdet)
+
+        return _masked(function, part, mask)
 
 
 class AffineCoupling(_Coupling):
@@ -573,11 +588,21 @@ class AffineCoupling(_Coupling):
     def _parameter_names(self) -> str:
         return self.parameter_order.replace("_", ", ")
 
-    def _takes_channels(self) -> bool:
-        return not self.options["volume_preserving"]
+    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return mask is None and not self.options["volume_preserving"]
 
     def _function(
-        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+        self,
+        part: torch.Tensor,
+        params: torch.Tensor,
+        mask: torch.Tensor | None,
+        inverse: bool,
+        channels: slice | None = None,
+    ) -> _Result:
+        return _masked(lambda logdet: self._affine(part, params, inverse, logdet, channels), part, mask)
+
+    def _affine(
+        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None
     ) -> _Result:
         if not self.options["volume_preserving"]:
             how = {name: value for name, value in self.options.items() if name != "volume_preserving"}
@@ -676,16 +701,28 @@ class SplineCoupling(_Coupling):
         derivatives = self.params_per_feature - 2 * self.bins
         return f"{self.bins} widths, {self.bins} heights, {derivatives} derivatives for tails={self.options['tails']!r}"
 
+    def _by_feature(self) -> bool:
+        return self.tail_bound is not None or isinstance(self.options["tails"], tuple)
+
+    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return x.dim() == 2 or not self._by_feature()
+
     def _function(
-        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None = None
+        self,
+        part: torch.Tensor,
+        params: torch.Tensor,
+        mask: torch.Tensor | None,
+        inverse: bool,
+        channels: slice | None = None,
     ) -> _Result:
-        options = {**self.options, "inverse": inverse, "logdet": logdet}
+        options = {**self.options, "channels": channels, "inverse": inverse, "sample_mask": mask, "logdet": "sum"}
         if self.tail_bound is not None:
             options["tail_bound"] = self.tail_bound
-        elif not isinstance(self.options["tails"], tuple):
+        if part.dim() == 2 or not self._by_feature():
             return rational_quadratic_spline_packed(part, params, self.bins, **options)
+        options["sample_mask"] = None if mask is None else mask.movedim(1, -1)
         y, total = rational_quadratic_spline_packed(part.movedim(1, -1), params.movedim(1, -2), self.bins, **options)
-        return y.movedim(-1, 1), total if logdet == "sum" else total.movedim(-1, 1)
+        return y.movedim(-1, 1), total
 
     def _described(self) -> list[str]:
         defaults = SplineCoupling.__init__.__kwdefaults__
@@ -709,7 +746,7 @@ def _tried(layer: _Coupling) -> None:
             device, dtype = bound.device, bound.dtype if bound.is_floating_point() else dtype
         features = len(tails) if isinstance(tails, tuple) else features
     nothing = torch.zeros(0, features, device=device, dtype=dtype)
-    layer._function(nothing, nothing.unsqueeze(-1).expand(0, features, layer.params_per_feature), False, "sum")
+    layer._function(nothing, nothing.unsqueeze(-1).expand(0, features, layer.params_per_feature), None, False)
 
 
 # ---- layers along the channels ----

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks
-from ._autograd import Operator, is_differentiated
+from ._autograd import Operator, is_differentiated, is_plain
 from .reference import coupling as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,10 +20,10 @@ MOST_BINS = 256
 
 # ---- operators: shapes, derivatives, batching, sharding ----
 
-# tensors: [grad_y, grad_logdet,] x, parameters, bound (may be None, has no gradient)
-# statics: [bins,] inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
-_STATICS = 9
-_SAMPLE_DIMS = -2
+# tensors: [grad_y, grad_logdet,] x, parameters, bound, mask (these two may be None, and have no gradient)
+# statics: [bins, split,] inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
+_UNDIFFERENTIATED = 2
+_BINS, _SPLIT, _SAMPLE_DIMS = -11, -10, -2
 
 
 def _like(t: torch.Tensor, dtype: torch.dtype | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -35,11 +35,19 @@ def _like(t: torch.Tensor, dtype: torch.dtype | None = None, shape: Sequence[int
     return torch.empty_permuted(t.shape if shape is None else shape, layout, dtype=dtype or t.dtype, device=t.device)
 
 
-def _fake_forward(x, *rest):
-    sample_dims = rest[_SAMPLE_DIMS]
+def fake_outputs(x: torch.Tensor, transformed: Sequence[int], sample_dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = reference.logdet_dtype(x)
-    logdet = _like(x, dtype) if sample_dims < 0 else x.new_empty(x.shape[:sample_dims], dtype=dtype)
-    return _like(x), logdet
+    if sample_dims >= 0:
+        return _like(x), x.new_empty(transformed[:sample_dims], dtype=dtype)
+    return _like(x), _like(x, dtype, transformed)
+
+
+def _fake_forward(x, *rest):
+    return fake_outputs(x, x.shape, rest[_SAMPLE_DIMS])
+
+
+def _fake_packed_forward(x, params, *rest):
+    return fake_outputs(x, params.shape[:-1] if rest[_SPLIT] else x.shape, rest[_SAMPLE_DIMS])
 
 
 def _saved(tensors: int) -> Any:
@@ -51,75 +59,99 @@ def _saved(tensors: int) -> Any:
 
 
 def _by_reference(function: Any, tensors: int) -> dict[str, Any]:
-    """Derivatives of an operator as those of its reference; the last of its tensors, the bound, has none."""
+    """Derivatives of an operator as those of its reference."""
 
     def saved(ctx: Any) -> tuple[Any, Sequence[torch.Tensor]]:
-        *inputs, bound = ctx.saved_tensors
-        return lambda *t: function(*t, bound, *ctx.statics), inputs
+        inputs, others = ctx.saved_tensors[:-_UNDIFFERENTIATED], ctx.saved_tensors[-_UNDIFFERENTIATED:]
+        return lambda *t: function(*t, *others, *ctx.statics), inputs
 
     def backward(ctx, *grads):
         of, inputs = saved(ctx)
-        return *torch.func.vjp(of, *inputs)[1](grads), None
+        return *torch.func.vjp(of, *inputs)[1](grads), *[None] * _UNDIFFERENTIATED
 
     def jvp(ctx, *tangents):
-        return reference.pushed_forward(*saved(ctx), tangents[:-1])
+        return reference.pushed_forward(*saved(ctx), tangents[:-_UNDIFFERENTIATED])
 
     return {"backward": backward, "jvp": jvp, "save": _saved(tensors), "tensors": tensors}
 
 
+def split_behind(split: Sequence[int] | None) -> list[int] | None:
+    """The same channels where there is one dimension more in front."""
+    return [split[0] + 1, *split[1:]] if split else None
+
+
 def _batched(*args):
     """A new dimension in front is one more that samples have."""
-    sample_dims = args[_SAMPLE_DIMS]
-    return (*args[:_SAMPLE_DIMS], sample_dims if sample_dims < 0 else sample_dims + 1, args[-1])
+    *rest, sample_dims, exact = args
+    return (*rest, sample_dims if sample_dims < 0 else sample_dims + 1, exact)
 
 
-def _sample_dims(*args):
-    tensor = args[0]
-    return range(len(tensor.shape) if args[_SAMPLE_DIMS] < 0 else args[_SAMPLE_DIMS])
+def _batched_packed(*args):
+    args = _batched(*args)
+    return (*args[:_SPLIT], split_behind(args[_SPLIT]), *args[_SPLIT + 1 :])
 
 
-def _operations(per_bin: int, per_element: int, x_at: int) -> Any:
+def sample_dims_of(x: Any, parameters: Any, split: Sequence[int] | None, sample_dims: int) -> list[int]:
+    """Dimensions in front, along which tensors may be sharded alike: all of them where nothing is summed."""
+    dims = range(len(x.shape) if sample_dims < 0 else sample_dims)
+    return [d for d in dims if x.shape[d] == parameters.shape[d] and not (split and d == split[0])]
+
+
+def _operations(per_bin: int, per_element: int, x_at: int, packed: bool) -> Any:
     """About so many additions and multiplications; an exponential counts as twelve."""
 
     def count(*args, out_shape=None, **kwargs):
-        elements = math.prod(args[x_at])
-        bins = args[x_at + 1][-1] if len(args) - x_at - _STATICS == 5 else args[-_STATICS - 1]
-        return elements * (per_bin * bins + per_element)
+        x, parameters = args[x_at], args[x_at + 1]
+        if not packed:
+            return math.prod(x) * (per_bin * parameters[-1] + per_element)
+        transformed = parameters[:-1] if args[_SPLIT] else x
+        return math.prod(transformed) * (per_bin * args[_BINS] + per_element)
 
     return count
 
 
 _LAUNCH = "pyperf_dl._launch.coupling"
-_common: dict[str, Any] = {"batch": _batched, "shard": _sample_dims}
 
 
-def _operators(name: str, tensors: int) -> tuple[Operator, Operator]:
+def _operators(name: str, tensors: int, fake: Any, batch: Any) -> tuple[Operator, Operator]:
     """The forward and the backward of one way to pass parameters; `tensors` of the forward."""
+    packed = batch is _batched_packed
+
+    def shard(first: int) -> Any:
+        return lambda *args: sample_dims_of(
+            args[first], args[first + 1], args[_SPLIT] if packed else None, args[_SAMPLE_DIMS]
+        )
+
     forward, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
     spline_backward = Operator(
         f"{name}_backward",
-        fake=lambda grad_y, grad_logdet, *rest: tuple(map(_like, rest[: tensors - 1])),
+        fake=lambda grad_y, grad_logdet, *rest: tuple(map(_like, rest[: tensors - _UNDIFFERENTIATED])),
         reference=backward,
         launch=f"{_LAUNCH}:{name}_backward",
-        flops=_operations(60, 150, 2),
+        batch=batch,
+        shard=shard(2),
+        flops=_operations(60, 150, 2, packed),
         **_by_reference(backward, tensors + 2),
-        **_common,
     )
+
+    def gradients(ctx, *grads):
+        return *spline_backward(*grads, *ctx.saved_tensors, *ctx.statics), *[None] * _UNDIFFERENTIATED
+
     spline = Operator(
         name,
-        fake=_fake_forward,
+        fake=fake,
         reference=forward,
         launch=f"{_LAUNCH}:{name}",
-        flops=_operations(40, 90, 0),
-        **_by_reference(forward, tensors)
-        | {"backward": lambda ctx, *grads: (*spline_backward(*grads, *ctx.saved_tensors, *ctx.statics), None)},
-        **_common,
+        batch=batch,
+        shard=shard(0),
+        flops=_operations(40, 90, 0, packed),
+        **_by_reference(forward, tensors) | {"backward": gradients},
     )
     return spline, spline_backward
 
 
-_spline, _spline_backward = _operators("rational_quadratic_spline", 5)
-_packed, _packed_backward = _operators("rational_quadratic_spline_packed", 3)
+_spline, _spline_backward = _operators("rational_quadratic_spline", 6, _fake_forward, _batched)
+_packed, _packed_backward = _operators("rational_quadratic_spline_packed", 4, _fake_packed_forward, _batched_packed)
 
 # ---- arguments ----
 
@@ -242,10 +274,30 @@ def _planned(*arguments: Any) -> _How:
     return (_cached_plan if plain else _plan)(*arguments)
 
 
+def transformed_channels(op: str, channels: Any, x: Any) -> tuple[torch.Size, list[int] | None]:
+    """The shape of what is transformed, and the operator's split."""
+    _checks.strided_tensor(op, "x", x, DTYPES)
+    if channels is None:
+        return x.shape, None
+    if not isinstance(channels, slice):
+        raise TypeError(f"{op}: channels must be a slice of dim 1 of x, or None, got {_checks.described(channels)}")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: channels needs an x of at least 2 dimensions, got {_checks.described(x)}")
+    try:
+        first, last, step = channels.indices(int(x.shape[1]))
+    except (TypeError, ValueError):
+        step = 0
+    if step < 1:
+        raise ValueError(f"{op}: channels must be a slice of ints with a step >= 1, got {channels}")
+    count = len(range(first, last, step))
+    return torch.Size((x.shape[0], count, *x.shape[2:])), [1, first, step]
+
+
 def _checked_parameters(
-    op: str, name: str, value: Any, x: torch.Tensor, shape: Sequence[int] | None = None
+    op: str, name: str, value: Any, x: torch.Tensor, shape: Sequence[int] | None = None, *, shared: bool = False
 ) -> torch.Tensor:
-    """`value` with the shape of x, or of the part of x that is transformed, and one dimension more."""
+    """`value` with the shape of x, or of the part of x that is transformed, and one dimension more. `shared`: with 1 in
+    place of a size along which it is repeated."""
     _checks.strided_tensor(op, name, value, DTYPES)
     checked_companion(op, name, value, x)
     if value.dim() == 0:
@@ -254,7 +306,10 @@ def _checked_parameters(
     if value.shape[:-1] == shape:
         return value
     try:
-        return value.expand(*shape, value.shape[-1])
+        repeated = value.expand(*shape, value.shape[-1])
+        if not shared or not is_plain(x):  # a shard of x has a gradient of its own for what it shares
+            return repeated
+        return value[(None,) * (len(shape) + 1 - value.dim())]
     except RuntimeError:
         raise ValueError(
             f"{op}: {name} must have shape [*x.shape, parameters] or broadcast to it, got {list(value.shape)} for x "
@@ -273,7 +328,7 @@ def checked_companion(op: str, name: str, value: torch.Tensor, x: torch.Tensor) 
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {value.device}")
 
 
-def _checked_bound(op: str, value: torch.Tensor, x: torch.Tensor, bounds: Any) -> torch.Tensor:
+def _checked_bound(op: str, value: torch.Tensor, x: torch.Tensor, shape: Sequence[int], bounds: Any) -> torch.Tensor:
     """A tensor for a tail bound, in the dtype of log-dets."""
     if bounds is not None:
         raise ValueError(f"{op}: tail_bound must be a number beside bounds, got {_checks.described(value)}")
@@ -286,23 +341,25 @@ def _checked_bound(op: str, value: torch.Tensor, x: torch.Tensor, bounds: Any) -
     if is_differentiated(value):
         raise ValueError(f"{op}: tail_bound must not require a gradient, it has none: detach it")
     try:
-        value.expand(x.shape)
+        value.expand(shape)
     except RuntimeError:
         raise ValueError(
             f"{op}: tail_bound must be a number or broadcast to the shape of x, got {list(value.shape)} for x "
-            f"{list(x.shape)}"
+            f"{list(shape)}"
         ) from None
     return value.to(dtype)
 
 
-def _bound(op: str, x: torch.Tensor, tails: Any, tail_bound: Any, bounds: Any) -> torch.Tensor | None:
-    """What each element's box is multiplied with, [*x.shape]; negative where its tails are circular among others."""
-    bound = _checked_bound(op, tail_bound, x, bounds) if isinstance(tail_bound, torch.Tensor) else None
+def _bound(
+    op: str, x: torch.Tensor, shape: Sequence[int], tails: Any, tail_bound: Any, bounds: Any
+) -> torch.Tensor | None:
+    """What each element's box is multiplied with, [*shape]; negative where its tails are circular among others."""
+    bound = _checked_bound(op, tail_bound, x, shape, bounds) if isinstance(tail_bound, torch.Tensor) else None
     if isinstance(tails, tuple):
-        if x.dim() == 0 or len(tails) != x.shape[-1]:
+        if not shape or len(tails) != shape[-1]:
             raise ValueError(
                 f"{op}: a sequence of tails must have one for each element of x's last dimension, got {len(tails)} for "
-                f"x {list(x.shape)}"
+                f"x {list(shape)}"
             )
         if bound is None:
             bound = torch.ones(len(tails), dtype=reference.logdet_dtype(x), device=x.device)
@@ -313,7 +370,26 @@ def _bound(op: str, x: torch.Tensor, tails: Any, tail_bound: Any, bounds: Any) -
             parts.append(-part if rule == "circular" else part)
             start += part.shape[-1]
         bound = torch.cat(parts, -1) if parts else bound
-    return None if bound is None else bound.expand(x.shape)
+    return None if bound is None else bound.expand(shape)
+
+
+def checked_mask(op: str, value: Any, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """A sample mask, [*shape]."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: sample_mask must be a bool tensor, True where x is transformed, got {_checks.described(value)}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{op}: sample_mask must be on x's device {x.device}, got {value.device}")
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: sample_mask must broadcast to the shape of what is transformed, {list(shape)}, got "
+            f"{list(value.shape)}"
+        ) from None
 
 
 def _arranged(
@@ -356,6 +432,7 @@ def rational_quadratic_spline(
     logit_scale: float = 1.0,
     parametrization: str = "nflows",
     slope: float = 1e-3,
+    sample_mask: torch.Tensor | None = None,
     logdet: str = "elementwise",
     sum_dims: int | Sequence[int] | None = None,
     precision: str = "fast",
@@ -371,8 +448,9 @@ def rational_quadratic_spline(
     Args:
         x: float16, bfloat16, float32 or float64, any shape and strides. float32 is computed in float32, 16-bit types
             in float32 and rounded once.
-        widths, heights: raw parameters [*x.shape, K], K in [1, 256], or what broadcasts to that. x's dtype, or float16
-            or bfloat16 beside a float32 x. Any strides: a permuted convolution output needs no copy.
+        widths, heights: raw parameters [*x.shape, K], K in [1, 256], or what broadcasts to that: gradients of
+            parameters that elements share are added up in the operator, in float64. x's dtype, or float16 or bfloat16
+            beside a float32 x. Any strides: a permuted convolution output needs no copy.
         derivatives: [*x.shape, K - 1], K or K + 1, as `tails` says.
         inverse: x from y.
         tails: ``"linear"`` (K - 1 derivatives; slope 1 at both ends, the identity outside), ``"circular"`` (K; the last
@@ -390,6 +468,8 @@ def rational_quadratic_spline(
         parametrization: ``"nflows"``, as above, or ``"zuko"``: ``u / (1 + |2 u / log slope|)`` before the softmax,
             ``d = exp(raw / (1 + |raw / log slope|))``, no minimal sizes.
         slope: the least slope of zuko's parametrization.
+        sample_mask: bool, broadcasts to x's shape. Where it is False an element passes as it is, with a log-det of 0
+            and no gradient for its parameters, whatever they are.
         logdet: ``"elementwise"``, or ``"sum"`` over all dimensions but the first.
         sum_dims: the dimensions to sum over, instead.
         precision: ``"exact"`` computes in float64 inside, whatever the dtype.
@@ -415,9 +495,12 @@ def rational_quadratic_spline(
     tails = tuple(tails) if isinstance(tails, list) else tails
     _checks.strided_tensor(op, "x", x, DTYPES)
     parameters = [
-        _checked_parameters(op, name, value, x)
+        _checked_parameters(op, name, value, x, shared=True)
         for name, value in (("widths", widths), ("heights", heights), ("derivatives", derivatives))
     ]
+    if any(p.shape[:-1] != parameters[0].shape[:-1] for p in parameters):  # the operator wants one shape
+        common = torch.broadcast_shapes(*(p.shape[:-1] for p in parameters))
+        parameters = [p.expand(*common, p.shape[-1]) for p in parameters]
     for name, value in (("heights", heights), ("derivatives", derivatives)):
         if value.dtype != widths.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of widths, {widths.dtype}, got {value.dtype}")
@@ -442,8 +525,9 @@ def rational_quadratic_spline(
         logdet,
         precision,
     )
-    bound = _bound(op, x, tails, tail_bound, bounds)
-    x, tensors, sample_dims, back = _arranged(op, x, [*parameters, bound], logdet, sum_dims)
+    bound = _bound(op, x, x.shape, tails, tail_bound, bounds)
+    mask = checked_mask(op, sample_mask, x, x.shape)
+    x, tensors, sample_dims, back = _arranged(op, x, [*parameters, bound, mask], logdet, sum_dims)
     y, total = _spline(x, *tensors, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total
 
@@ -453,6 +537,7 @@ def rational_quadratic_spline_packed(
     params: torch.Tensor,
     bins: int,
     *,
+    channels: slice | None = None,
     inverse: bool = False,
     tails: str | Sequence[str] = "linear",
     tail_bound: float | torch.Tensor = 1.0,
@@ -464,6 +549,7 @@ def rational_quadratic_spline_packed(
     logit_scale: float = 1.0,
     parametrization: str = "nflows",
     slope: float = 1e-3,
+    sample_mask: torch.Tensor | None = None,
     logdet: str = "elementwise",
     sum_dims: int | Sequence[int] | None = None,
     precision: str = "fast",
@@ -472,8 +558,12 @@ def rational_quadratic_spline_packed(
 
     Args:
         params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular, or a sequence of tails) or 3 K + 1
-            (bounded): widths, then heights, then derivatives. Any strides; its gradient is one tensor, laid out alike.
+            (bounded): widths, then heights, then derivatives. Or what broadcasts to it, with sums of gradients as there.
+            Any strides; its gradient is one tensor, laid out alike. With `channels` [B, C', ..., P].
         bins: K.
+        channels: the slice of dim 1 of x [B, C, ...] that is transformed, of a step >= 1 and C' channels. The others
+            are copied to y, and their gradient to x. By default all of x is transformed. sample_mask, a tensor for
+            tail_bound and a sequence of tails go with the part that is.
 
     The other arguments, results and errors are those of :func:`rational_quadratic_spline`.
 
@@ -486,7 +576,8 @@ def rational_quadratic_spline_packed(
     op = "rational_quadratic_spline_packed"
     tails = tuple(tails) if isinstance(tails, list) else tails
     _checks.strided_tensor(op, "x", x, DTYPES)
-    params = _checked_parameters(op, "params", params, x)
+    shape, split = transformed_channels(op, channels, x)
+    params = _checked_parameters(op, "params", params, x, shape, shared=not split)
     bins = _checks.integer(op, "bins", bins, 1)
     how = _planned(
         op,
@@ -506,7 +597,9 @@ def rational_quadratic_spline_packed(
         logdet,
         precision,
     )
-    bound = _bound(op, x, tails, tail_bound, bounds)
-    x, (params, bound), sample_dims, back = _arranged(op, x, [params, bound], logdet, sum_dims)
-    y, total = _packed(x, params, bound, bins, *how, sample_dims, precision == "exact")
+    others = [params, _bound(op, x, shape, tails, tail_bound, bounds), checked_mask(op, sample_mask, x, shape)]
+    x, others, sample_dims, back = _arranged(op, x, others, logdet, sum_dims)
+    if back is not None and split:
+        split[0] = back[1]
+    y, total = _packed(x, *others, bins, split, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total

@@ -575,10 +575,10 @@ def test_bad_packed_input(error, message, change):
 @pytest.mark.parametrize(
     ("message", "params", "split"),
     [
-        ("params must have 2 in the last dimension", torch.zeros(4, 6, 1), []),
-        ("params has a shape", torch.zeros(4, 3, 2), []),
+        ("params must have 2 in the last dimension", torch.zeros(4, 6, 1), None),
+        ("params has a shape", torch.zeros(4, 3, 2), None),
         ("params has a shape", torch.zeros(3, 3, 2), [1, 0, 1]),
-        ("params must have the dimensions of x and one more", torch.zeros(6, 2), []),
+        ("params must have the dimensions of x and one more", torch.zeros(6, 2), None),
         ("split must be a dimension of x", torch.zeros(4, 3, 2), [1, 0]),
         ("split must be a dimension of x", torch.zeros(4, 3, 2), [2, 0, 1]),
         ("split must lie in x", torch.zeros(4, 3, 2), [1, 4, 1]),
@@ -751,7 +751,7 @@ def operator_calls():
     yield family._coupling, (*leaves, True, "none", 0.0, False, 1)
     params = torch.stack([u, t], 1).movedim(1, -1).requires_grad_()
     some = params[:, :3]
-    for pair, split, sample_dims in ((params, [], 1), (some, [1, 3, 1], -1), (some.float(), [1, 1, 2], 1)):
+    for pair, split, sample_dims in ((params, None, 1), (some, [1, 3, 1], -1), (some.float(), [1, 1, 2], 1)):
         data = x.to(pair.dtype).requires_grad_()
         statics = (True, "tanh", 2.0, True, False, split, sample_dims)
         logdet = torch.randn(pair.shape[:sample_dims] if sample_dims > 0 else pair.shape[:-1], dtype=pair.dtype)

@@ -761,6 +761,118 @@ def test_broadcast_parameters():
         torch.testing.assert_close(got, wide)
 
 
+SHARED = [  # shapes of x, and the dimensions along which parameters are shared
+    ((6, 5), (0,)),
+    ((3000, 3), (0,)),  # several units of each set, in short rows
+    ((5, 1500), (1,)),
+    ((2, 3, 5, 7), (0, 2, 3)),
+    ((4, 3, 40, 33), (0, 2)),
+    ((2, 16, 64), (0, 1, 2)),
+    ((3, 4, 5), (1,)),
+]
+
+
+@pytest.mark.parametrize(("shape", "shared"), SHARED, ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_gradients_of_shared_parameters_are_sums(shape, shared, dtypes):
+    """Of what each element gives, exact to the last bit; x and its gradient as if nothing were shared."""
+    x, params = sample(shape, 5, dtypes=dtypes)
+    for d in shared:
+        params = params.narrow(d, 0, 1)
+    every = params.expand(*shape, 14)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.7
+    for n, base in enumerate((x, x.movedim(0, -1).contiguous().movedim(-1, 0), x.repeat_interleave(2, -1)[..., ::2])):
+        how = {"logdet": ("sum", "elementwise")[n % 2], "tail_bound": 3.0, "inverse": n == 1}
+        how |= {"sample_mask": mask if n else None, "precision": "exact" if n == 2 else "fast"}
+        got = results(base, params, 5, **how)
+        want = results(base, every.float().contiguous(), 5, **how)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert_same(a, b)
+        sums = want[3].sum(shared, keepdim=True, dtype=torch.float64)
+        near = ulp(params.dtype, sums)
+        if how["precision"] == "exact":  # the elements' gradients were rounded to float32, those in the sum were not
+            near = near + 2**-24 * want[3].abs().sum(shared, keepdim=True, dtype=torch.float64)
+        assert ((got[3].double() - sums).abs() <= near).all()
+        for a, b in zip(results(base, params, 5, separate=True, **how), got, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_gradients_do_not_depend_on_threads(dtype):
+    x, params = sample((3001, 3), 5, dtypes=(dtype, dtype))
+    want = results(x, params[:1], 5)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert_same(results(x, params[:1], 5)[3], want[3])
+
+
+def test_shared_parameters_without_elements():
+    params = torch.randn(1, 3, 14, requires_grad=True)
+    y, logdet = rational_quadratic_spline_packed(torch.zeros(0, 3), params, 5, logdet="sum")
+    (y.sum() + logdet.sum()).backward()
+    assert_same(params.grad, torch.zeros(1, 3, 14))
+
+
+CHANNELS = [slice(0, 3), slice(3, None), slice(None, None, 2), slice(1, None, 2), slice(2, 2), slice(-1, None), None]
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("shape", [(4, 6), (2, 7, 40), (2, 6, 3, 5)], ids=str)
+def test_some_channels(shape, channels):
+    """The others pass, with their gradients; all bits as by hand."""
+    (z, _), at = sample(shape, 5), slice(None) if channels is None else channels
+    part = z[:, at]
+    _, params = sample(part.shape, 5)
+    g = torch.Generator().manual_seed(2)
+    grad = torch.randn(shape, generator=g)
+    for n, x in enumerate((z, z.movedim(1, -1).contiguous().movedim(-1, 1), z.repeat_interleave(2, -1)[..., ::2])):
+        how = {"logdet": ("sum", "elementwise")[n % 2], "sum_dims": (-1, 0) if n == 2 else None, "inverse": n == 1}
+        how |= {"sample_mask": (torch.rand(part.shape, generator=g) < 0.5) if n else None}
+        how["logdet"] = "sum" if n == 2 else how["logdet"]
+        leaves = [t.clone().requires_grad_() for t in (x, params)]
+        y, logdet = rational_quadratic_spline_packed(*leaves, 5, channels=channels, **how)
+        same = [t.clone().requires_grad_() for t in (part, params)]
+        want, total = rational_quadratic_spline_packed(*same, 5, **how)
+        assert_same(y[:, at], want)
+        assert_same(logdet, total)
+        into = weights(logdet)
+        got = torch.autograd.grad((y, logdet), leaves, (grad, into))
+        by_part = torch.autograd.grad((want, total), same, (grad[:, at], into))
+        assert_same(got[0][:, at], by_part[0])
+        assert_same(got[1], by_part[1])
+        others = torch.ones(shape[1], dtype=torch.bool)
+        others[at] = False
+        assert_same(y[:, others], x[:, others])
+        assert_same(got[0][:, others], grad[:, others])
+        assert y.stride() == rational_quadratic_spline_packed(x, sample(shape, 5)[1], 5)[0].stride()
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_sample_masks(how, dtypes):
+    """What does not count passes, bit for bit, whatever it and its parameters are."""
+    tails, parametrization, inverse = how
+    how = {"tails": tails, "parametrization": parametrization, "inverse": inverse}
+    x, params = sample((9, 37), 3, tails, dtypes)
+    x[:, 5], x[:, 7], params[:, 11] = torch.inf, torch.nan, torch.nan
+    for mask in (torch.rand(9, 37) < 0.5, torch.arange(9)[:, None] < 4, torch.zeros((), dtype=torch.bool)):
+        got, want = results(x, params, 3, sample_mask=mask, **how), results(x, params, 3, **how)
+        on = mask.expand(x.shape)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert_same(a[on], b[on])
+        assert_same(got[3][on], want[3][on])
+        assert_same(got[0][~on], x[~on])
+        assert not got[1][~on].any()
+        assert_same(got[2][~on], weights(got[0])[~on])
+        assert not got[3][~on].any()
+        total = results(x, params, 3, sample_mask=mask, logdet="sum", **how)[1]
+        torch.testing.assert_close(total, got[1].double().sum(1).to(total.dtype), equal_nan=True)
+        with pyperf_dl.backend("reference"):
+            by_formula = results(x, params, 3, sample_mask=mask, **how)
+        for a, b in zip(got, by_formula, strict=True):
+            assert_same(a[~on], b[~on])
+
+
 def test_more_than_2_31_parameters():
     """Stride-0 views: elements whose offsets do not fit 32 bits."""
     params = torch.randn(23).expand(2**28, 23)[-3:]
@@ -811,13 +923,34 @@ def test_gradcheck(how):
         assert torch.autograd.gradgradcheck(separate, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradcheck_of_shared_parameters_masks_and_channels(inverse):
+    x, params = away_from_knots((3, 1, 2), 3, "linear")
+    mask = torch.tensor([True, False, True]).view(3, 1, 1)
+    how = {"tail_bound": 2.0, "inverse": inverse, "logdet": "sum"}
+
+    def shares(x, params):
+        return rational_quadratic_spline_packed(x, params, 3, sample_mask=mask, **how)
+
+    def passes(x, params):
+        return rational_quadratic_spline_packed(x, params, 3, sample_mask=mask, channels=slice(1, None, 2), **how)
+
+    leaves = [t.clone().requires_grad_() for t in (x, params.narrow(0, 0, 1).narrow(2, 1, 1))]
+    some = [t.clone().requires_grad_() for t in (torch.cat([x.cos(), x, x.sin()], 1), params)]
+    for function, inputs in ((shares, leaves), (passes, some)):
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
 X, PARAMS = away_from_knots((4, 6), 3, "linear")
 T = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def by_formula(x, params, sums=False, inverse=False):
     how = (inverse, "linear", "nflows", (-2.0, 2.0, -2.0, 2.0), (1e-3, 1e-3, 1e-3), 1.0, 1.0)
-    return reference.rational_quadratic_spline_packed(x, params, None, 3, *how, x.dim() - 1 if sums else -1, False)
+    return reference.rational_quadratic_spline_packed(
+        x, params, None, None, 3, None, *how, x.dim() - 1 if sums else -1, False
+    )
 
 
 def ours(x, params, sums=False, inverse=False):
@@ -1161,7 +1294,9 @@ def scaled(x, params, sums=False, inverse=False):
 def scaled_by_formula(x, params, sums=False, inverse=False):
     how = (inverse, "linear", "nflows", (-1.0, 1.0, -1.0, 1.0), (1e-3, 1e-3, 1e-3), 1.0, 1.0)
     bound = torch.tensor(1.5, dtype=x.dtype).expand(x.shape)
-    return reference.rational_quadratic_spline_packed(x, params, bound, 3, *how, x.dim() - 1 if sums else -1, False)
+    return reference.rational_quadratic_spline_packed(
+        x, params, bound, None, 3, None, *how, x.dim() - 1 if sums else -1, False
+    )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -1286,25 +1421,36 @@ def operator_calls():
     ]
     for n, (forms, a, b) in enumerate(calls):
         how = statics(inverse=n % 2 == 1, sample_dims=(-1, 1)[n % 2], exact=n % 3 == 0)
-        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), None, 3, *how)[1].cos())
+        grads = (a.detach().sin(), family._packed(a.detach(), b.detach(), None, None, 3, None, *how)[1].cos())
         if packed in forms:
-            yield family._packed, (a, b, None, 3, *how)
-            yield family._packed_backward, (*grads, a, b, None, 3, *how)
+            yield family._packed, (a, b, None, None, 3, None, *how)
+            yield family._packed_backward, (*grads, a, b, None, None, 3, None, *how)
         if separate in forms:
-            yield family._spline, (a, *split(b, 3), None, *how)
-            yield family._spline_backward, (*grads, a, *split(b, 3), None, *how)
+            yield family._spline, (a, *split(b, 3), None, None, *how)
+            yield family._spline_backward, (*grads, a, *split(b, 3), None, None, *how)
     bound = torch.tensor([1.0, -2.0, 3.0], dtype=x.dtype).expand(2, 3)
     params = torch.cat([params, params[..., :1]], -1).requires_grad_()
     for sample_dims in (-1, 1):
         how = statics("mixed", inverse=sample_dims > 0, sample_dims=sample_dims)
-        grads = (x.sin(), family._packed(x, params.detach(), bound, 3, *how)[1].cos())
-        yield family._packed, (x, params, bound, 3, *how)
-        yield family._packed_backward, (*grads, x, params, bound, 3, *how)
-        yield family._spline, (x, *split(params, 3), bound, *how)
-        yield family._spline_backward, (*grads, x, *split(params, 3), bound, *how)
+        grads = (x.sin(), family._packed(x, params.detach(), bound, None, 3, None, *how)[1].cos())
+        yield family._packed, (x, params, bound, None, 3, None, *how)
+        yield family._packed_backward, (*grads, x, params, bound, None, 3, None, *how)
+        yield family._spline, (x, *split(params, 3), bound, None, *how)
+        yield family._spline_backward, (*grads, x, *split(params, 3), bound, None, *how)
+    x = torch.randn(3, 5, 2, dtype=torch.float64)
+    for sample_dims, channels, lead in ((-1, None, (1, 5, 1)), (1, [1, 0, 2], (3, 3, 2)), (2, None, (3, 1, 2))):
+        params = torch.randn(*lead, 8, dtype=torch.float64).requires_grad_()
+        how = (3, channels, *statics(sample_dims=sample_dims))
+        mask = torch.rand(3, lead[1] if channels else 5, 2) < 0.6
+        grads = (x.sin(), family._packed(x, params.detach(), None, mask, *how)[1].cos())
+        yield family._packed, (x, params, None, mask, *how)
+        yield family._packed_backward, (*grads, x, params, None, mask, *how)
+        if not channels:
+            yield family._spline, (x, *split(params, 3), None, mask, *how[2:])
+            yield family._spline_backward, (*grads, x, *split(params, 3), None, mask, *how[2:])
 
 
-@pytest.mark.parametrize("n", range(26))
+@pytest.mark.parametrize("n", range(36))
 def test_opcheck(n):
     operator, args = list(operator_calls())[n]
     opcheck(operator.native.op, args)
@@ -1312,7 +1458,7 @@ def test_opcheck(n):
 
 def test_every_operator_is_checked():
     calls = list(operator_calls())
-    assert len(calls) == 26
+    assert len(calls) == 36
     assert {o.name for o, _ in calls} == {o.name for o in vars(family).values() if isinstance(o, type(family._packed))}
 
 
@@ -1323,69 +1469,76 @@ def test_raw_operators_are_memory_safe():
     bad = [
         (
             "bound has another shape",
-            lambda: ops.rational_quadratic_spline_packed(x, params, x[:3].abs(), 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x, params, x[:3].abs(), None, 3, None, *how),
         ),
         (
             "bound must have the dtype of log-dets",
-            lambda: ops.rational_quadratic_spline_packed(x, params, x.double(), 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x, params, x.double(), None, 3, None, *how),
         ),
         (
             "mixed tails need bounds",
-            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 9), None, 3, *statics("mixed")),
+            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 9), None, None, 3, None, *statics("mixed")),
         ),
         (
             "unexpected number of parameters",
-            lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x, params[:, :7], None, None, 3, None, *how),
         ),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, 0, *how)),
-        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, -1, *how)),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, None, 0, None, *how)),
+        ("bins must be in", lambda: ops.rational_quadratic_spline_packed(x, params, None, None, -1, None, *how)),
         (
             "bins must be in",
-            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), None, 257, *how),
+            lambda: ops.rational_quadratic_spline_packed(x, torch.randn(4, 3 * 257 - 1), None, None, 257, None, *how),
         ),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x[:3], params, None, 3, *how)),
-        ("shape of x", lambda: ops.rational_quadratic_spline_packed(x, params[0], None, 3, *how)),
-        ("need a dimension", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], None, 3, *how)),
+        ("that of x or 1", lambda: ops.rational_quadratic_spline_packed(x[:3], params, None, None, 3, None, *how)),
+        ("one more", lambda: ops.rational_quadratic_spline_packed(x, params[0], None, None, 3, None, *how)),
+        ("one more", lambda: ops.rational_quadratic_spline_packed(x[0], x[0], None, None, 3, None, *how)),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, None, 3, None, *statics(sample_dims=2)),
         ),
         (
             "sample_dims out of range",
-            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(sample_dims=-2)),
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, None, 3, None, *statics(sample_dims=-2)),
         ),
-        ("tails must be", lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(tails="none"))),
+        (
+            "tails must be",
+            lambda: ops.rational_quadratic_spline_packed(x, params, None, None, 3, None, *statics(tails="none")),
+        ),
         (
             "parametrization must be",
-            lambda: ops.rational_quadratic_spline_packed(x, params, None, 3, *statics(parametrization="none")),
+            lambda: ops.rational_quadratic_spline_packed(
+                x, params, None, None, 3, None, *statics(parametrization="none")
+            ),
         ),
         (
             "must be float16, bfloat16, float32 or float64",
-            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed(x.int(), params.int(), None, None, 3, None, *how),
         ),
         (
             "one dtype",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, 3:6].double(), params[:, 6:], None, *how),
+            lambda: ops.rational_quadratic_spline(
+                x, params[:, :3], params[:, 3:6].double(), params[:, 6:], None, None, *how
+            ),
         ),
         (
             "number of parameters",
-            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], None, *how),
+            lambda: ops.rational_quadratic_spline(x, params[:, :3], params[:, :2], params[:, 6:], None, None, *how),
         ),
         (
             "grad_y has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, None, None, 3, None, *how),
         ),
         (
             "grad_logdet has another shape",
-            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, None, None, 3, None, *how),
         ),
         (
             "another dtype",
-            lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x.double(), x, x, params, None, None, 3, None, *how),
         ),
         (
             "another dtype",
-            lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, None, 3, *how),
+            lambda: ops.rational_quadratic_spline_packed_backward(x, x.double(), x, params, None, None, 3, None, *how),
         ),
     ]
     for message, call in bad:
@@ -1773,7 +1926,37 @@ BAD = [
     (ValueError, "sum_dims must name each dimension once", lambda f: f(logdet="sum", sum_dims=(1, -1))),
     (TypeError, "sum_dims must be an int, got 'x'", lambda f: f(logdet="sum", sum_dims="x")),
     (ValueError, "precision must be one of 'fast', 'exact', got 'high'", lambda f: f(precision="high")),
+    (TypeError, "sample_mask must be a bool tensor", lambda f: f(sample_mask=torch.ones(2, 5))),
+    (TypeError, "sample_mask must be a bool tensor", lambda f: f(sample_mask=True)),
+    (
+        ValueError,
+        r"sample_mask must broadcast to the shape of what is transformed, \[2, 5\], got \[2\]",
+        lambda f: f(sample_mask=torch.ones(2, dtype=torch.bool)),
+    ),
+    (
+        ValueError,
+        "sample_mask must be on x's device cpu, got meta",
+        lambda f: f(sample_mask=torch.ones(5, dtype=torch.bool, device="meta")),
+    ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("channels", "params", "error", "message"),
+    [
+        ((0, 2), PACKED, TypeError, "channels must be a slice of dim 1 of x, or None"),
+        (slice(0, 2, -1), PACKED, ValueError, "channels must be a slice of ints with a step >= 1"),
+        (
+            slice(0, 2),
+            PACKED,
+            ValueError,
+            r"params must have shape .* or broadcast to it, got \[2, 5, 11\] .* \[2, 2\]",
+        ),
+    ],
+)
+def test_bad_channels(channels, params, error, message):
+    with pytest.raises(error, match=f"rational_quadratic_spline_packed: {message}"):
+        rational_quadratic_spline_packed(ZEROS, params, 4, channels=channels)
 
 
 def call_packed(x=ZEROS, params=PACKED, bins=4, **how):

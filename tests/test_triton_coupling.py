@@ -81,7 +81,7 @@ def check_spline(launcher, x, parameters, statics, ulps=64):
     """Packed where there is one parameter tensor, followed by the number of bins."""
     name = "rational_quadratic_spline" + ("" if len(parameters) == 3 else "_packed")
     tensors = [t for t in parameters if isinstance(t, torch.Tensor)]
-    arguments = [None, *parameters[len(tensors) :], *statics]
+    arguments = [None, None, *(() if len(tensors) == 3 else (*parameters[1:], None)), *statics]
     y, logdet = getattr(launcher, name)(*on_device((x, *tensors)), *arguments)
     assert y.dtype == x.dtype
     assert logdet.dtype == reference.logdet_dtype(x)
@@ -101,16 +101,20 @@ def check_spline(launcher, x, parameters, statics, ulps=64):
 
 def reference_gradients(x, packed, bins, statics):
     """Gradients of y and log-det, and by the reference in float64 those of the inputs."""
-    results = reference.rational_quadratic_spline_packed(x, packed, None, bins, *statics)
+    results = reference.rational_quadratic_spline_packed(x, packed, None, None, bins, None, *statics)
     grads = [numbers(*t.shape, seed=5 + i).to(t.dtype) for i, t in enumerate(results)]
-    wanted = reference.rational_quadratic_spline_packed_backward(*wide((*grads, x, packed)), None, bins, *statics)
+    wanted = reference.rational_quadratic_spline_packed_backward(
+        *wide((*grads, x, packed)), None, None, bins, None, *statics
+    )
     return grads, wanted
 
 
 def spline_gradients(launcher, x, packed, bins, statics):
     """(by Triton, by the reference in float64)"""
     grads, wanted = reference_gradients(x, packed, bins, statics)
-    got = launcher.rational_quadratic_spline_packed_backward(*on_device((*grads, x, packed)), None, bins, *statics)
+    got = launcher.rational_quadratic_spline_packed_backward(
+        *on_device((*grads, x, packed)), None, None, bins, None, *statics
+    )
     assert [t.dtype for t in got] == [x.dtype, packed.dtype]
     return got, wanted
 
@@ -142,8 +146,10 @@ def test_gradients_of_the_spline(launcher, bins):
 def test_gradients_of_separate_parameters(launcher):
     x, packed, grad = (numbers(3, 11, *p, seed=len(p), dtype=torch.float64) for p in ((), (14,), ()))
     parts = packed.split((5, 5, 4), -1)
-    got = launcher.rational_quadratic_spline_backward(*on_device((grad, grad, x, *parts)), None, *spline_statics())
-    wanted = reference.rational_quadratic_spline_backward(grad, grad, x, *parts, None, *spline_statics())
+    got = launcher.rational_quadratic_spline_backward(
+        *on_device((grad, grad, x, *parts)), None, None, *spline_statics()
+    )
+    wanted = reference.rational_quadratic_spline_backward(grad, grad, x, *parts, None, None, *spline_statics())
     for a, b in zip(got, wanted, strict=True):
         assert_within(a, b, 1e-10 * (1 + b.abs().amax()))
 
@@ -228,7 +234,7 @@ def test_slopes_beyond_the_largest(launcher, inverse):
     x = torch.linspace(-3, 3, 41)
     packed = numbers(41, 14, seed=2) * torch.tensor([1.0] * 10 + [3e38] * 4)
     results = launcher.rational_quadratic_spline_packed(
-        *on_device((x, packed)), None, 5, *spline_statics("nflows", inverse)
+        *on_device((x, packed)), None, None, 5, None, *spline_statics("nflows", inverse)
     )
     gradients, _ = spline_gradients(launcher, x, packed, 5, spline_statics("nflows", inverse))
     for t in (*results, *gradients):
@@ -239,10 +245,10 @@ def test_slopes_beyond_the_largest(launcher, inverse):
 def test_nan_stays_in_its_element(launcher, kind):
     x, packed = numbers(1, 30).clamp(-2, 2), numbers(1, 30, 14, seed=1)
     statics = spline_statics(*kind)
-    clean = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, 5, *statics)
+    clean = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, None, 5, None, *statics)
     packed[0, 3, 2] = packed[0, 11, 7] = torch.nan
     x[0, 20] = torch.nan
-    touched = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, 5, *statics)
+    touched = launcher.rational_quadratic_spline_packed(*on_device((x, packed)), None, None, 5, None, *statics)
     others = [i for i in range(30) if i not in (3, 11, 20)]
     for a, b in zip(clean, touched, strict=True):
         assert torch.equal(a[0, others], b[0, others])
@@ -254,10 +260,10 @@ def test_round_trip(launcher, kind):
     x, packed = numbers(3, 40, dtype=torch.float64, size=2), numbers(3, 40, 23, seed=1, dtype=torch.float64)
     there, back = (spline_statics(kind[0], inverse, box=(-3.0, 3.0, -3.0, 3.0)) for inverse in (False, True))
     tensors = on_device((x, packed))
-    y, logdet = launcher.rational_quadratic_spline_packed(*tensors, None, 8, *there)
-    again, inverse_logdet = launcher.rational_quadratic_spline_packed(y, tensors[1], None, 8, *back)
+    y, logdet = launcher.rational_quadratic_spline_packed(*tensors, None, None, 8, None, *there)
+    again, inverse_logdet = launcher.rational_quadratic_spline_packed(y, tensors[1], None, None, 8, None, *back)
     # The inverse divides what rounding did to y by the slope; the log-dets differ by as much times their derivative.
-    lean = differentiated(reference.rational_quadratic_spline_packed, (x, packed), (None, 8, *there))[2]
+    lean = differentiated(reference.rational_quadratic_spline_packed, (x, packed), (None, None, 8, None, *there))[2]
     moved = 64 * ULP[torch.float64] * (1 + (-logdet).exp().cpu())
     assert_within(again, x, moved * 3)
     assert_within(inverse_logdet, -logdet, moved * 3 * (1 + lean.abs()))
@@ -309,7 +315,9 @@ def test_layouts_of_splines(small_programs, launcher, layout):
                 assert_within(a, b, 1e-10 * (1 + b.abs().amax()))
                 assert a.stride() == expected_layout(like)
         else:
-            grads = launcher.rational_quadratic_spline_packed_backward(y, logdet, x, packed, None, 5, *statics)
+            grads = launcher.rational_quadratic_spline_packed_backward(
+                y, logdet, x, packed, None, None, 5, None, *statics
+            )
             assert [g.shape for g in grads] == [x.shape, packed.shape]
 
 
@@ -436,7 +444,25 @@ def test_nan_stays_in_its_element_of_affine_couplings(launcher):
         assert logdet[0].isnan().nonzero().flatten().tolist() == [9]
 
 
-@pytest.mark.parametrize("split", [[], [1, 2, 1], [1, 0, 2]], ids=str)
+@pytest.mark.parametrize("split", [None, [1, 2, 1], [1, 0, 2]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_splines_of_some_channels_and_shared_parameters(launcher, split, dtype):
+    x = numbers(3, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    params = numbers(*((3, 3) if split else (1, 5)), 14, seed=1).to(dtype)
+    how = (None, None, 5, split, *spline_statics(sample_dims=1))
+    got = launcher.rational_quadratic_spline_packed(*on_device((x, params)), *how)
+    want = reference.rational_quadratic_spline_packed(x, params, *how)
+    torch.testing.assert_close([t.cpu() for t in got], list(want))
+    grads = torch.randn_like(want[0]), torch.randn_like(want[1])
+    got = launcher.rational_quadratic_spline_packed_backward(*on_device((*grads, x, params)), *how)
+    want = reference.rational_quadratic_spline_packed_backward(*grads, x, params, *how)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            a.cpu(), b, rtol=None if a.dtype == dtype else 1e-4, atol=None if a.dtype == dtype else 1e-5
+        )
+
+
+@pytest.mark.parametrize("split", [None, [1, 2, 1], [1, 0, 2]], ids=str)
 def test_packed_affine(launcher, split):
     x, params = torch.randn(3, 5), torch.randn(3, 3 if split else 5, 2)
     how = (False, "tanh", 2.0, False, True, split, 1)
@@ -467,26 +493,28 @@ def test_affine_layouts(small_programs, launcher):
 
 
 @pytest.mark.parametrize(
-    ("tails", "bound", "bins", "exact", "said"),
+    ("tails", "bound", "masked", "bins", "exact", "said"),
     [
-        ("circular", None, 5, False, "tails='circular'"),
-        ("bounded", None, 5, False, "tails='bounded'"),
-        ("linear", 2.0, 5, False, "a tensor for tail_bound"),
-        ("mixed", -1.5, 5, False, "a list of tails"),
-        ("linear", None, 5, True, "precision='exact'"),
-        ("linear", None, 65, False, "more than 64 bins"),
+        ("circular", None, False, 5, False, "tails='circular'"),
+        ("bounded", None, False, 5, False, "tails='bounded'"),
+        ("linear", 2.0, False, 5, False, "a tensor for tail_bound"),
+        ("mixed", -1.5, False, 5, False, "a list of tails"),
+        ("linear", None, True, 5, False, "a sample mask"),
+        ("linear", None, False, 5, True, "precision='exact'"),
+        ("linear", None, False, 65, False, "more than 64 bins"),
     ],
 )
-def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, bins, exact, said):
+def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, masked, bins, exact, said):
     launcher._warn_uncovered.cache_clear()
     x = numbers(2, 9).to(DEVICE)
     packed = numbers(2, 9, 2 * bins + reference.derivative_count(bins, tails), seed=1).to(DEVICE)
     bound = None if bound is None else torch.full_like(x, bound)
+    mask = x > 0 if masked else None
     inverse, _, *statics = spline_statics(exact=exact)
     name = "rational_quadratic_spline_packed"
     calls = {name: (x, packed), f"{name}_backward": (x, x, x, packed)}
     for name, tensors in calls.items():
-        arguments = (*tensors, bound, bins, inverse, tails, *statics)
+        arguments = (*tensors, bound, mask, bins, None, inverse, tails, *statics)
         with pytest.warns(UserWarning, match="runs the reference") as caught:
             got = getattr(launcher, name)(*arguments)
         assert said in str(caught[0].message)
@@ -498,15 +526,15 @@ def test_what_is_not_covered_runs_the_reference(launcher, tails, bound, bins, ex
             assert torch.equal(a, b)
     parts = packed.split((bins, bins, packed.shape[-1] - 2 * bins), -1)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline(x, *parts, bound, inverse, tails, *statics)
+        launcher.rational_quadratic_spline(x, *parts, bound, mask, inverse, tails, *statics)
     with pytest.warns(UserWarning, match="runs the reference"):
-        launcher.rational_quadratic_spline_backward(x, x, x, *parts, bound, inverse, tails, *statics)
+        launcher.rational_quadratic_spline_backward(x, x, x, *parts, bound, mask, inverse, tails, *statics)
 
 
 X, PACKED = torch.zeros(2, 9), torch.zeros(2, 9, 14)
 SUMS = torch.zeros(2)
-PACKED_CALL = {"x": X, "params": PACKED, "bound": None, "bins": 5}
-PARTS_CALL = {"x": X, "bound": None} | dict(
+PACKED_CALL = {"x": X, "params": PACKED, "bound": None, "mask": None, "bins": 5, "split": None}
+PARTS_CALL = {"x": X, "bound": None, "mask": None} | dict(
     zip(("widths", "heights", "derivatives"), PACKED.split((5, 5, 4), -1), strict=True)
 )
 AFFINE_CALL = {"x": X, "scale": X, "shift": X, "inverse": False, "activation": "exp", "clamp": 0.0}
@@ -540,7 +568,7 @@ BAD = {  # by operator: the rule, and what breaks it
     "affine_coupling_packed": [
         (r"params must have the dimensions of x and one more, got \[4, 2\]", {"params": PAIRS[0]}),
         (r"params must have shape \[2, 4, 2\], got \[2, 4, 1\]", {"params": PAIRS[..., :1]}),
-        (r"params must have shape \[2, 9, 2\], got \[2, 4, 2\]", {"split": []}),
+        (r"params must have shape \[2, 9, 2\], got \[2, 4, 2\]", {"split": None}),
         (r"params must have shape \[2, 4, 2\], got \[1, 4, 2\]", {"params": PAIRS[:1]}),
         (r"split must be a dimension of x, .*, got \[1, 5\]", {"split": [1, 5]}),
         (r"split must be a dimension of x, .*, got \[2, 5, 1\]", {"split": [2, 5, 1]}),
@@ -563,7 +591,7 @@ BAD = {  # by operator: the rule, and what breaks it
     "rational_quadratic_spline_packed": [
         (r"params must have shape \[2, 9, 14\], got \[2, 9, 13\]", {"params": PACKED[..., 1:]}),
         (r"params must have shape \[2, 9, 14\], got \[2, 8, 14\]", {"params": PACKED[:, 1:]}),
-        (r"params must have shape \[2, 9, 14\], got \[\]", {"params": torch.tensor(0.0)}),
+        (r"params must have the dimensions of x and one more, got \[\]", {"params": torch.tensor(0.0)}),
         (r"bins must be in \[1, 256\], got 257", {"params": torch.zeros(2, 9, 770), "bins": 257}),
         (r"bins must be in \[1, 256\], got 0", {"bins": 0}),
         ("params must be torch.float16 or .*, got torch.int64", {"params": PACKED.long()}),
@@ -648,12 +676,14 @@ def test_opcheck(sample_dims):
     x, packed = numbers(2, 3, 2), numbers(2, 14, 3, 2, seed=1).movedim(1, -1)
     x, packed = (t.requires_grad_() for t in on_device((x.transpose(0, 1), packed.transpose(0, 1))))
     statics = spline_statics(sample_dims=sample_dims)
-    grads = [torch.ones_like(t) for t in reference.rational_quadratic_spline_packed(x, packed, None, 5, *statics)]
+    grads = [
+        torch.ones_like(t) for t in reference.rational_quadratic_spline_packed(x, packed, None, None, 5, None, *statics)
+    ]
     if sample_dims < 0:
-        forward, backward, arguments = family._packed, family._packed_backward, (x, packed, None, 5)
+        forward, backward, arguments = family._packed, family._packed_backward, (x, packed, None, None, 5, None)
     else:
         parts = [t.detach().clone().requires_grad_() for t in packed.split((5, 5, 4), -1)]
-        forward, backward, arguments = family._spline, family._spline_backward, (x, *parts, None)
+        forward, backward, arguments = family._spline, family._spline_backward, (x, *parts, None, None)
     torch.library.opcheck(forward.triton.op, (*arguments, *statics))
     torch.library.opcheck(backward.triton.op, (*grads, *arguments, *statics))
 
@@ -698,8 +728,8 @@ def _compile_for(target):
         packed = torch.zeros(4, 3 * bins - 1, 6, 10, dtype=dtype).movedim(1, -1)
         statics = spline_statics(parametrization, inverse, sample_dims)
         given = x.double() if dtype == torch.float64 else x
-        y, logdet = launcher.rational_quadratic_spline_packed(given, packed, None, bins, *statics)
-        launcher.rational_quadratic_spline_packed_backward(y, logdet, given, packed, None, bins, *statics)
+        y, logdet = launcher.rational_quadratic_spline_packed(given, packed, None, None, bins, None, *statics)
+        launcher.rational_quadratic_spline_packed_backward(y, logdet, given, packed, None, None, bins, None, *statics)
     for i, activation in enumerate(reference.ACTIVATIONS):
         given = x.to((torch.float16, torch.float32, torch.float64)[i % 3])
         how = (i % 2 == 0, activation, 1.0, i % 4 < 2, i % 4 - 1)

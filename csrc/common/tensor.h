@@ -76,6 +76,15 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Indices begin, begin + step, ... below `end` of a dimension, a view.
+inline Tensor sliced(const Tensor& t, int64_t dim, int64_t begin, int64_t end, int64_t step = 1) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(t), from(dim), from(std::optional<int64_t>(begin)),
+                                    from(std::optional<int64_t>(end)), from(step)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::slice", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The rows along `dim` of tensors that agree in all other sizes. Neighbouring dimensions are merged where they can be;
 // what does not fit kMaxRowDims afterwards is reported as `fits == false`, and the caller copies.
 template <int N>

@@ -81,50 +81,60 @@ PYPERF_HD LanesOf<R, kLanes> widened(LanesOf<R, n> v) {
   }
 }
 
+// Where the elements of a block are: a stride apart, or each at its place in a table.
+struct LaneOffsets {
+  int64_t stride;
+  const int64_t* table;  // null: none
+  int64_t pitch;         // of the table
+
+  PYPERF_HD int64_t operator[](int64_t i) const { return table ? table[i * pitch] : i * stride; }
+  PYPERF_HD bool apart_by(int64_t step) const { return !table && stride == step; }
+};
+
 PYPERF_HD void prefetch(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
 // out[i] = element i for i in [0, n); the lanes behind repeat the last one.
 template <class R, class S>
-PYPERF_HD void load_block(const S* p, int64_t stride, int64_t n, R* out) {
+PYPERF_HD void load_block(const S* p, const LaneOffsets& at, int64_t n, R* out) {
   constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && n == L) {
+  if (at.apart_by(1) && n == L) {
     const auto v = load_lanes<R, L>(p);
     memcpy(out, &v, sizeof v);
     return;
   }
-  for (int64_t i = 0; i < L; ++i) out[i] = loaded<R>(p[std::min(i, n - 1) * stride]);
+  for (int64_t i = 0; i < L; ++i) out[i] = loaded<R>(p[at[std::min(i, n - 1)]]);
 }
 
 template <class R, class S>
-PYPERF_HD void store_block(const R* in, int64_t stride, int64_t n, S* p) {
+PYPERF_HD void store_block(const R* in, const LaneOffsets& at, int64_t n, S* p) {
   constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && n == L) {
+  if (at.apart_by(1) && n == L) {
     LanesOf<R, L> v;
     memcpy(&v, in, sizeof v);
     store_lanes<L, R>(v, p);
     return;
   }
-  for (int64_t i = 0; i < n; ++i) p[i * stride] = stored<S, R>(in[i]);
+  for (int64_t i = 0; i < n; ++i) p[at[i]] = stored<S, R>(in[i]);
 }
 
 // Rows of `count` neighbouring parameters, one row an element, turned so that out[j * L + i] is parameter j of element
 // i; kWidth <= count of them at a time, the last ones overlapping.
 template <class R, int kWidth, class S>
-PYPERF_HD void load_rows(const S* p, int64_t stride, int64_t count, int64_t n, R* out) {
+PYPERF_HD void load_rows(const S* p, const LaneOffsets& at, int64_t count, int64_t n, R* out) {
   constexpr int L = VectorMachine<R>::kLanes;
   for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
     LanesOf<R, L> rows[L];
     for (int i = 0; i < L; ++i)
-      rows[i] = widened<R, kWidth, L>(load_lanes<R, kWidth>(p + std::min<int64_t>(i, n - 1) * stride + first));
+      rows[i] = widened<R, kWidth, L>(load_lanes<R, kWidth>(p + at[std::min<int64_t>(i, n - 1)] + first));
     transpose<L>(rows);
     for (int j = 0; j < kWidth; ++j) memcpy(out + (first + j) * L, &rows[j], sizeof rows[j]);
     if (first + kWidth == count) return;
   }
 }
 template <class R, int kWidth, class S>
-PYPERF_HD void store_rows(const R* in, int64_t stride, int64_t count, int64_t n, S* p) {
+PYPERF_HD void store_rows(const R* in, const LaneOffsets& at, int64_t count, int64_t n, S* p) {
   constexpr int L = VectorMachine<R>::kLanes;
   for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
     LanesOf<R, L> rows[L] = {};
@@ -132,32 +142,31 @@ PYPERF_HD void store_rows(const R* in, int64_t stride, int64_t count, int64_t n,
     transpose<L>(rows);
     for (int i = 0; i < L; ++i)
       if (i < n)
-        store_lanes<kWidth, R>(first_lanes<kWidth>(rows[i], std::make_index_sequence<kWidth>()),
-                               p + i * stride + first);
+        store_lanes<kWidth, R>(first_lanes<kWidth>(rows[i], std::make_index_sequence<kWidth>()), p + at[i] + first);
     if (first + kWidth == count) return;
   }
 }
 
 // Parameters of a block of elements: out[j * L + i] is parameter j of element i.
 template <class R, class S>
-void load_parameters(const S* p, int64_t element_stride, int64_t stride, int64_t count, int64_t n, R* out) {
+void load_parameters(const S* p, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, R* out) {
   constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && element_stride != 1 && count >= L / 4 && count >= 2) {
-    if (count >= L) return load_rows<R, L>(p, element_stride, count, n, out);
+  if (stride == 1 && !at.apart_by(1) && count >= L / 4 && count >= 2) {
+    if (count >= L) return load_rows<R, L>(p, at, count, n, out);
     if constexpr (L >= 4)
-      if (count >= L / 2) return load_rows<R, L / 2>(p, element_stride, count, n, out);
-    if constexpr (L >= 8) return load_rows<R, L / 4>(p, element_stride, count, n, out);
+      if (count >= L / 2) return load_rows<R, L / 2>(p, at, count, n, out);
+    if constexpr (L >= 8) return load_rows<R, L / 4>(p, at, count, n, out);
   }
-  for (int64_t j = 0; j < count; ++j) load_block(p + j * stride, element_stride, n, out + j * L);
+  for (int64_t j = 0; j < count; ++j) load_block(p + j * stride, at, n, out + j * L);
 }
 template <class R, class S>
-void store_parameters(const R* in, int64_t element_stride, int64_t stride, int64_t count, int64_t n, S* p) {
+void store_parameters(const R* in, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, S* p) {
   constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && element_stride != 1 && count >= L / 4 && count >= 2) {
-    if (count >= L) return store_rows<R, L>(in, element_stride, count, n, p);
+  if (stride == 1 && !at.apart_by(1) && count >= L / 4 && count >= 2) {
+    if (count >= L) return store_rows<R, L>(in, at, count, n, p);
     if constexpr (L >= 4)
-      if (count >= L / 2) return store_rows<R, L / 2>(in, element_stride, count, n, p);
-    if constexpr (L >= 8) return store_rows<R, L / 4>(in, element_stride, count, n, p);
+      if (count >= L / 2) return store_rows<R, L / 2>(in, at, count, n, p);
+    if constexpr (L >= 8) return store_rows<R, L / 4>(in, at, count, n, p);
   }
-  for (int64_t j = 0; j < count; ++j) store_block(in + j * L, element_stride, n, p + j * stride);
+  for (int64_t j = 0; j < count; ++j) store_block(in + j * L, at, n, p + j * stride);
 }

@@ -2,6 +2,8 @@
 // place. Nothing here allocates, synchronises or keeps state: the caller brings spline_workspace_bytes(...) bytes.
 #pragma once
 
+#include <algorithm>
+
 #include "../math/coupling.h"
 #include "elementary.cuh"
 #include "parameter_rows.cuh"
@@ -30,6 +32,7 @@ struct SplinePlan {
   int loads, stores;  // how many of the parts below
   cuda::RowPart load[kRowParts], store[kRowParts];
   int exponentials, tables, sums;  // where they are in shared memory, bytes; tables: 0 if there are none
+  int parameters;
   size_t shared_bytes;
 };
 
@@ -87,10 +90,10 @@ inline int row_pitch(const SplineElements& e, int parameters) {
 template <bool kBackward, class R>
 SplinePlan spline_plan(const SplineElements& e, const Spline<R>& c) {
   using cuda::RowCopy;
-  constexpr int64_t kWalkedPieces = 4, kManySamples = 512;
+  constexpr int64_t kWalkedPieces = 4, kManySamples = 512, kSharedTiles = 4;
   constexpr size_t kSharedBytes = size_t(96) << 10;  // what every architecture since sm_80 has
   SplinePlan s{};
-  const int parameters = 2 * c.bins + c.derivatives();
+  const int parameters = s.parameters = 2 * c.bins + c.derivatives();
   s.parameter_bytes = storage_bytes(e.parameter_type);
   s.pitch = row_pitch(e, parameters);
   s.loads = row_parts(e, kWidths, e.packed, c.bins, c.derivatives(), s.pitch, s.load);
@@ -99,9 +102,10 @@ SplinePlan spline_plan(const SplineElements& e, const Spline<R>& c) {
   for (int k : {int(kInput), int(kResult)}) s.linear = s.linear && is_linear(e, k);
   for (int k = 0; k < s.loads; ++k)
     s.linear = s.linear && (s.load[k].copy == RowCopy::flat || is_linear(e, kWidths + k));
-  if (kBackward) {
+  const bool shares = kBackward && e.shared;
+  if (kBackward) s.linear = s.linear && is_linear(e, kGradOutput);
+  if (kBackward && !shares) {
     s.stores = row_parts(e, kGradWidths, e.grads_packed, c.bins, c.derivatives(), s.pitch, s.store);
-    s.linear = s.linear && is_linear(e, kGradOutput);
     for (int k = 0; k < s.stores; ++k)
       s.linear = s.linear && (s.store[k].copy == RowCopy::flat || is_linear(e, kGradWidths + k));
   }
@@ -128,6 +132,7 @@ SplinePlan spline_plan(const SplineElements& e, const Spline<R>& c) {
     if (!unrolled) bytes = aligned(bytes + size_t(s.threads) * size_t(2 * c.bins + 1) * sizeof(R));
     s.sums = int(bytes);
     if (sums) bytes += size_t(s.threads) * sizeof(double);
+    if (shares) bytes += size_t(parameters) * sizeof(double);
     s.tables = tables ? int(bytes) : 0;
     bytes += size_t(tables) * size_t(s.threads) * sizeof(int64_t);
     s.shared_bytes = bytes;
@@ -145,6 +150,12 @@ SplinePlan spline_plan(const SplineElements& e, const Spline<R>& c) {
     s.pieces = (e.sample_size + s.tile - 1) / s.tile;
     // One block walks through a sample where that does not leave the GPU idle, and saves the second launch.
     if (s.pieces <= kWalkedPieces || e.samples >= kManySamples) s.pieces = 1, s.unit_elements = e.sample_size;
+  }
+  if (shares) {
+    s.unit_elements = std::min(e.sample_size, kSharedTiles * s.tile);
+    s.pieces = (e.sample_size + s.unit_elements - 1) / s.unit_elements;
+    s.units = e.samples * s.pieces;
+    return s;
   }
   s.units = s.pieces > 1 ? e.samples * s.pieces : (e.count + s.unit_elements - 1) / s.unit_elements;
   return s;
@@ -258,17 +269,23 @@ PYPERF_DEVICE void element_offsets(const SplineElements& e, bool linear, int64_t
   for (int k = 0; k < kSplineOperands; ++k) offsets[k] += at.remainder * e.stride[k];
 }
 
+// Bounds, a mask and shared parameters have kernels of their own: the others would spill registers.
+template <class R>
+bool has_extras(const SplineElements& e, const Spline<R>& c) {
+  return c.scaled || e.mask.data || e.shared;
+}
+
 // Blocks that a multiprocessor is to hold: as many as registers allow without spilling.
-constexpr int spline_blocks(int bins, size_t real_bytes, bool scaled) {
-  if (scaled) return spline_blocks(bins, real_bytes, false) - 1;
+constexpr int spline_blocks(int bins, size_t real_bytes, bool extras) {
+  if (extras) return spline_blocks(bins, real_bytes, false) - (bins <= 8 ? 2 : 1);
   if (bins == 0) return real_bytes == 8 ? 5 : 8;
   if (bins <= 8) return 7;
   if (bins <= 10) return 6;
   return bins <= 16 ? 5 : 3;
 }
 
-template <bool kBackward, int kBins, bool kScaled, class R, class Row>
-__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R), kScaled))
+template <bool kBackward, int kBins, bool kExtras, class R, class Row>
+__global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R), kExtras))
     spline_kernel(SplineElements e, Spline<R> c, SplinePlan s, double* partials) {
   using M = ScalarMachine<R>;
   using cuda::RowCopy;
@@ -284,7 +301,8 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
 
   for (int64_t unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
     int64_t begin = unit * s.unit_elements, end = begin + s.unit_elements;
-    if (!kBackward && s.pieces > 1) {
+    const bool shares = kExtras && kBackward && e.shared;
+    if (s.pieces > 1 && (kExtras || !kBackward)) {
       const cuda::Quotient sample = cuda::divide(unit, s.pieces);
       begin = sample.quotient * e.sample_size + sample.remainder * s.unit_elements;
       end = begin + s.unit_elements;
@@ -292,6 +310,9 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
     }
     if (end > e.count) end = e.count;
     double sum = 0;
+    double* const sums = reinterpret_cast<double*>(shared + s.sums);
+    if (shares)
+      for (int j = thread; j < s.parameters; j += s.threads) sums[j] = 0;  // read by the same thread
     for (int64_t first = begin; first < end; first += s.tile) {
       const int rows = int(end - first < s.tile ? end - first : s.tile);
       const bool active = thread < rows;
@@ -315,7 +336,7 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         cuda::move_part<false>(s.load[k], rows_at, s.pitch, part_data(s.load[k], kWidths + k, first),
                                offsets_of(s.load[k]), rows);
       const R x = load_as<R>(e.data[kInput], offsets[kInput], e.type);
-      const R bound = kScaled ? load_as<R>(e.bounds.data, e.bounds.offset(i), e.logdet_type) : R(0);
+      const R bound = kExtras && c.scaled ? load_as<R>(e.bounds.data, e.bounds.offset(i), e.logdet_type) : R(0);
       R grad_y = 0, grad_logdet = 0;
       if constexpr (kBackward) {
         grad_y = load_as<R>(e.data[kGradOutput], offsets[kGradOutput], e.type);
@@ -329,17 +350,20 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
         const RowReader<Row> widths{row, 0}, heights{row, bins}, derivatives{row, 2 * bins};
         Exponentials<R, kBins> exponentials(s, bins);
         math::SplinePoint<M> point;
-        math::spline_locate<M, kBins, kScaled>(c, x, bound, widths, heights, derivatives, exponentials.widths(),
+        math::spline_locate<M, kBins, kExtras>(c, x, bound, widths, heights, derivatives, exponentials.widths(),
                                                exponentials.heights(), point);
         if constexpr (kBackward) {
           asm volatile("" ::: "memory");  // else registers keep parameters, which only one parametrization reads again
-          const R grad_x = math::spline_gradients<M, kBins, kScaled>(
+          const R grad_x = math::spline_gradients<M, kBins, kExtras>(
               c, point, grad_y, grad_logdet, widths, heights, exponentials.widths(), exponentials.heights(),
               RowWriter<Row>{row, 0}, RowWriter<Row>{row, bins}, RowWriter<Row>{row, 2 * bins});
-          store_as<R>(e.data[kResult], offsets[kResult], e.type, grad_x);
+          const bool passes = kExtras && e.mask.data && !static_cast<const bool*>(e.mask.data)[e.mask.offset(i)];
+          for (int j = 0; passes && j < s.parameters; ++j) row.put(j, R(0));
+          store_as<R>(e.data[kResult], offsets[kResult], e.type, passes ? grad_y : grad_x);
         } else {
           R y, logdet;
-          math::spline_value<M, kScaled>(c, point, x, y, logdet);
+          math::spline_value<M, kExtras>(c, point, x, y, logdet);
+          if (kExtras && e.mask.data && !static_cast<const bool*>(e.mask.data)[e.mask.offset(i)]) y = x, logdet = R(0);
           store_as<R>(e.data[kResult], offsets[kResult], e.type, y);
           if (e.summed)
             sum += double(logdet);
@@ -349,14 +373,22 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
       }
       __syncthreads();
       if constexpr (kBackward) {
+        for (int j = thread; shares && j < s.parameters; j += s.threads) {
+          double all = sums[j];
+          for (int r = 0; r < rows; ++r) all += double(Row(rows_at + r * s.pitch, e.parameter_type).get(j));
+          sums[j] = all;
+        }
         for (int k = 0; k < s.stores; ++k)
           cuda::move_part<true>(s.store[k], rows_at, s.pitch, part_data(s.store[k], kGradWidths + k, first),
                                 offsets_of(s.store[k]), rows);
         __syncthreads();
       }
     }
+    if (shares) {
+      double* const to = s.pieces > 1 ? partials : e.shared;
+      for (int j = thread; j < s.parameters; j += s.threads) to[unit * s.parameters + j] = sums[j];
+    }
     if (kBackward || !e.summed) continue;
-    double* const sums = reinterpret_cast<double*>(shared + s.sums);
     sums[thread] = sum;
     if (s.samples_in_tile) {
       const int rows = int(end - begin), size = int(e.sample_size), place = thread % size;
@@ -378,7 +410,7 @@ template <bool kBackward, int kBins, class R, class Row>
 cudaError_t launch_spline(const SplineElements& e, const Spline<R>& c, const SplinePlan& s, double* partials,
                           cudaStream_t stream) {
   const auto kernel =
-      c.scaled ? spline_kernel<kBackward, kBins, true, R, Row> : spline_kernel<kBackward, kBins, false, R, Row>;
+      has_extras(e, c) ? spline_kernel<kBackward, kBins, true, R, Row> : spline_kernel<kBackward, kBins, false, R, Row>;
   return cuda::launch(kernel, s.units, s.threads, s.shared_bytes, stream, e, c, s, partials);
 }
 
@@ -396,15 +428,15 @@ cudaError_t launch_unrolled_spline(const SplineElements& e, const Spline<float>&
 
 template <bool kBackward, class R>
 int64_t spline_workspace_bytes(const SplineElements& e, const Spline<R>& c) {
-  if (kBackward || !e.summed || e.count == 0) return 0;
+  if ((kBackward ? !e.shared : !e.summed) || e.count == 0) return 0;
   const SplinePlan s = spline_plan<kBackward>(e, c);
-  return s.pieces > 1 ? s.units * int64_t(sizeof(double)) : 0;
+  return s.pieces > 1 ? s.units * int64_t(sizeof(double)) * (kBackward ? s.parameters : 1) : 0;
 }
 
 inline cudaError_t sum_pieces(const SplineElements& e, int64_t pieces, const double* partials, cudaStream_t stream) {
   return e.logdet_type == Storage::f64
-             ? cuda::sum_partials<double>(partials, e.samples, pieces, e.sample_logdet, stream)
-             : cuda::sum_partials<float>(partials, e.samples, pieces, e.sample_logdet, stream);
+             ? cuda::sum_partials<double>(partials, e.samples, pieces, 1, e.sample_logdet, stream)
+             : cuda::sum_partials<float>(partials, e.samples, pieces, 1, e.sample_logdet, stream);
 }
 
 template <bool kBackward, class R>
@@ -427,9 +459,11 @@ cudaError_t spline(const SplineElements& e, const Spline<R>& c, void* workspace,
   } else {
     error = launch_spline<kBackward, 0, R, AnyRow<R>>(e, c, s, partials, stream);
   }
-  if constexpr (!kBackward)
-    if (error == cudaSuccess && s.pieces > 1) return sum_pieces(e, s.pieces, partials, stream);
-  return error;
+  if (error != cudaSuccess || s.pieces == 1) return error;
+  if constexpr (kBackward)
+    return cuda::sum_partials<double>(partials, e.samples, s.pieces, s.parameters, e.shared, stream);
+  else
+    return sum_pieces(e, s.pieces, partials, stream);
 }
 
 }  // namespace pyperf::coupling

@@ -21,26 +21,29 @@ PYPERF_DEVICE void sum_group(double* v, int place, int size, bool within) {
 
 constexpr int kPartialsThreads = 128;
 
-// A warp for each sample adds the sums of its pieces; none: 0.
+// partials: [samples, pieces, numbers], out: [samples, numbers]. A warp for each sum adds those of the pieces; none: 0.
 template <class Out>
 __global__ void __launch_bounds__(kPartialsThreads)
-    sum_partials_kernel(const double* partials, int64_t samples, int64_t pieces, Out* out) {
+    sum_partials_kernel(const double* partials, int64_t samples, int64_t pieces, int64_t numbers, Out* out) {
   constexpr int kWarps = kPartialsThreads / 32;
   const int lane = int(threadIdx.x) % 32;
-  for (int64_t sample = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; sample < samples;
-       sample += int64_t(gridDim.x) * kWarps) {
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < samples * numbers;
+       i += int64_t(gridDim.x) * kWarps) {
+    const Quotient sample = divide(i, numbers);
+    const double* const first = partials + sample.quotient * pieces * numbers + sample.remainder;
     double sum = 0;
-    for (int64_t piece = lane; piece < pieces; piece += 32) sum += partials[sample * pieces + piece];
+    for (int64_t piece = lane; piece < pieces; piece += 32) sum += first[piece * numbers];
     for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_down_sync(kWholeWarp, sum, delta);
-    if (lane == 0) out[sample] = Out(sum);
+    if (lane == 0) out[i] = Out(sum);
   }
 }
 
 template <class Out>
-cudaError_t sum_partials(const double* partials, int64_t samples, int64_t pieces, void* out, cudaStream_t stream) {
+cudaError_t sum_partials(const double* partials, int64_t samples, int64_t pieces, int64_t numbers, void* out,
+                         cudaStream_t stream) {
   constexpr int kWarps = kPartialsThreads / 32;
-  return launch(sum_partials_kernel<Out>, (samples + kWarps - 1) / kWarps, kPartialsThreads, 0, stream, partials,
-                samples, pieces, static_cast<Out*>(out));
+  return launch(sum_partials_kernel<Out>, (samples * numbers + kWarps - 1) / kWarps, kPartialsThreads, 0, stream,
+                partials, samples, pieces, numbers, static_cast<Out*>(out));
 }
 
 }  // namespace pyperf::cuda

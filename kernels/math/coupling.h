@@ -68,9 +68,9 @@ enum SplineOperand {
   kSplineOperands
 };
 
-// The bounds of elements, log-det numbers: shared by many, so that they are walked apart from the operands, in the same
+// What elements have beside the operands. It is shared by many, so that it is walked apart from them, in the same
 // order.
-struct SplineBounds {
+struct Aside {
   StridedRows<1> rows;
   int64_t n, stride;
   const void* data;  // null: none
@@ -84,6 +84,9 @@ struct SplineBounds {
 
 // Element i: operand k is at data[k] + (rows.offsets(i / n)[k] + i % n * stride[k]) elements. Parameters j of it are
 // apart by parameter_stride. Operands that a call does not have are null.
+//
+// A sample is a run of sample_size elements: those whose log-dets are summed, or those of one set of parameters, whose
+// gradients are summed.
 struct SplineElements {
   StridedRows<kSplineOperands> rows;
   int64_t n, count;
@@ -95,7 +98,9 @@ struct SplineElements {
   bool summed;                // the log-det is one number for each sample, contiguous; else one of the operands
   int64_t samples, sample_size;
   void* sample_logdet;
-  SplineBounds bounds;
+  double* shared;  // [samples, parameters]: sums of a backward's gradients; null: each element has its own
+  Aside bounds;    // log-det numbers
+  Aside mask;      // bools: where false, the element passes as it is
 };
 
 }  // namespace pyperf::coupling

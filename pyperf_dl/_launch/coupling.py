@@ -22,7 +22,7 @@ from pyperf_dl.reference import coupling as reference
 
 from . import common
 
-COVERED = "affine couplings, and splines of up to 64 bins with tails 'linear', one box and precision 'fast'"
+COVERED = "affine couplings, and splines of up to 64 bins with tails 'linear', one box, precision 'fast' and no mask"
 
 MOST_BINS = 64
 # Of a program, and of a warp. A spline's thread keeps what it knows of four parameters in registers, two in float64.
@@ -30,8 +30,10 @@ ELEMENTS, _ELEMENTS_A_WARP = 1024, 256
 PARAMETERS, _PARAMETERS_A_WARP = 1024, 128
 
 
-def uncovered(bound: torch.Tensor | None, tails: str, exact: bool, bins: int) -> str:
+def uncovered(bound: torch.Tensor | None, mask: torch.Tensor | None, tails: str, exact: bool, bins: int) -> str:
     """What of these arguments the kernels do not serve; empty where they do."""
+    if mask is not None:
+        return "a sample mask"
     if bound is not None:
         return "a list of tails" if tails == "mixed" else "a tensor for tail_bound"
     if tails != "linear":
@@ -46,8 +48,8 @@ def _warn_uncovered(name: str, kind: str) -> None:
     warnings.warn(f"pyperf_dl: {name} with {kind} runs the reference; triton covers {COVERED}", stacklevel=4)
 
 
-def _is_uncovered(name: str, bound: torch.Tensor | None, tails: str, exact: bool, bins: int) -> bool:
-    kind = uncovered(bound, tails, exact, bins)
+def _is_uncovered(name: str, *arguments: Any) -> bool:
+    kind = uncovered(*arguments)
     if kind:
         _warn_uncovered(name, kind)
     return bool(kind)
@@ -240,6 +242,29 @@ def _backward(
     return grad_x
 
 
+# ---- some channels of x ----
+
+
+def _checked_part(x: torch.Tensor, params: torch.Tensor, split: Sequence[int] | None, t: torch.Tensor) -> torch.Tensor:
+    """The channels of t, which has the shape of x, that `split` and the parameters name."""
+    if params.dim() != x.dim() + 1:
+        raise _refusal("params must have the dimensions of x and one more", list(params.shape))
+    if not split:
+        return t
+    if len(split) != 3 or not 0 <= split[0] < x.dim():
+        raise _refusal("split must be a dimension of x, the first channel, and a step", list(split))
+    dim, first, step = split
+    channels, count = x.shape[dim], params.shape[dim]
+    fits = 0 <= first <= channels and 1 <= step <= max(1, channels)
+    if not fits or (count and (count - 1) * step >= channels - first):
+        raise _refusal(f"split must lie in x, {list(x.shape)}", list(split))
+    return reference.part_of(t, split, count)
+
+
+def _joined(like: torch.Tensor, split: Sequence[int] | None, part: torch.Tensor) -> torch.Tensor:
+    return reference.with_part(like, split, part) if split else part
+
+
 # ---- affine couplings ----
 
 
@@ -283,28 +308,16 @@ def affine_coupling_backward(
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
 
 
-def _check_packed(x: torch.Tensor, params: torch.Tensor, activation: str, split: Sequence[int]) -> None:
-    if params.dim() != x.dim() + 1:
-        raise _refusal("params must have the dimensions of x and one more", list(params.shape))
-    sizes = list(x.shape)
-    if split:
-        if len(split) != 3 or not 0 <= split[0] < x.dim():
-            raise _refusal("split must be a dimension of x, the first channel, and a step", list(split))
-        dim, first, step = split
-        channels, count = sizes[dim], params.shape[dim]
-        fits = 0 <= first <= channels and 1 <= step <= max(1, channels)
-        if not fits or (count and (count - 1) * step >= channels - first):
-            raise _refusal(f"split must lie in x, {sizes}", list(split))
-        sizes[dim] = count
-    _check_tensor("params", params, (*sizes, 1 if activation == "none" else 2), x, *DTYPES)
+def _check_packed(part: torch.Tensor, params: torch.Tensor, activation: str) -> None:
+    _check_tensor("params", params, (*part.shape, 1 if activation == "none" else 2), part, *DTYPES)
 
 
 def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims):
-    _check_packed(x, params, activation, split)
+    part = _checked_part(x, params, split, x)
+    _check_packed(part, params, activation)
     how = (inverse, activation, clamp, shift_first, sample_dims)
-    part = reference.part_of(x, split, params.shape[split[0]]) if split else x
     y, logdet = affine_coupling(part, *reference.scale_and_shift(params, shift_leads), *how)
-    return (reference.with_part(x, split, y) if split else y), logdet
+    return _joined(x, split, y), logdet
 
 
 def affine_coupling_packed_backward(
@@ -312,24 +325,21 @@ def affine_coupling_packed_backward(
 ):
     if activation == "none":
         raise _refusal("activation must have a scale in a backward", activation)
-    _check_packed(x, params, activation, split)
     _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
-    if split:
-        x, grad_part = (reference.part_of(t, split, params.shape[split[0]]) for t in (x, grad_y))
-    else:
-        grad_part = grad_y
+    part, grad_part = (_checked_part(x, params, split, t) for t in (x, grad_y))
+    _check_packed(part, params, activation)
     pair, grad_params = reference.scale_and_shift(params, shift_leads), _like(params)
-    kernel = _affine(x, *pair, inverse, activation, clamp, shift_first, sample_dims)
-    _check_gradients(grad_part, grad_logdet, x, sample_dims)
+    kernel = _affine(part, *pair, inverse, activation, clamp, shift_first, sample_dims)
+    _check_gradients(grad_part, grad_logdet, part, sample_dims)
     grads = reference.scale_and_shift(grad_params, shift_leads)
-    grad_x = _backward(kernel, grad_part, grad_logdet, x, pair, grads, sample_dims)
-    return (reference.with_part(grad_y, split, grad_x) if split else grad_x), grad_params
+    grad_x = _backward(kernel, grad_part, grad_logdet, part, pair, grads, sample_dims)
+    return _joined(grad_y, split, grad_x), grad_params
 
 
 # ---- the rational-quadratic spline ----
 
 
-def _check_spline(x, parameters, bins, bound, tails, parametrization, box, smallest, sample_dims):
+def _check_spline(x, parameters, bins, bound, mask, tails, parametrization, box, smallest, sample_dims):
     """parameters: widths, heights and derivatives, or all in one."""
     _check_input(x, sample_dims)
     if not 1 <= bins <= 256:
@@ -339,16 +349,25 @@ def _check_spline(x, parameters, bins, bound, tails, parametrization, box, small
         _check_tensor("bound", bound, x.shape, x, reference.logdet_dtype(x))
     elif tails == "mixed":
         raise _refusal("tails='mixed' needs bounds, whose signs are the tails", None)
+    if mask is not None:
+        _check_tensor("mask", mask, x.shape, x, torch.bool)
     _check_choice("parametrization", parametrization, reference.PARAMETRIZATIONS)
     if len(box) != 4 or len(smallest) != 3:
         raise _refusal("box must have 4 numbers, smallest 3", (box, smallest))
     counts = {"widths": bins, "heights": bins, "derivatives": reference.derivative_count(bins, tails)}
     if len(parameters) == 1:
         counts = {"params": sum(counts.values())}
-    dtypes = DTYPES
+    dtypes, shape = DTYPES, _shared_shape(x, parameters[0])
     for (name, count), t in zip(counts.items(), parameters, strict=True):
-        _check_tensor(name, t, (*x.shape, count), x, *dtypes)
+        _check_tensor(name, t, (*shape, count), x, *dtypes)
         dtypes = (t.dtype,)  # they have one
+
+
+def _shared_shape(x, parameters):
+    """The shape of x, with 1 where elements share parameters."""
+    if parameters.dim() != x.dim() + 1:
+        return x.shape
+    return [1 if size == 1 else of_x for of_x, size in zip(x.shape, parameters.shape[:-1], strict=True)]
 
 
 def _bins(widths: torch.Tensor) -> int:
@@ -376,57 +395,83 @@ def _split(params: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
     return params.split((bins, bins, params.shape[-1] - 2 * bins), -1)
 
 
+def _spline_forward(x, parameters, inverse, how, sample_dims):
+    parameters = [p.expand(*x.shape, p.shape[-1]) for p in parameters]
+    return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
+
+
+def _spline_backward(grad_y, grad_logdet, x, parameters, grads, inverse, how, sample_dims):
+    """Fills the parameters' gradients, and returns that of x."""
+    repeated = [p.expand(*x.shape, p.shape[-1]) for p in parameters]
+    kernel = _spline(x, repeated, inverse, *how)
+    if repeated[0].shape == parameters[0].shape:
+        return _backward(kernel, grad_y, grad_logdet, x, parameters, grads, sample_dims)
+    every = [x.new_empty(p.shape, dtype=reference.logdet_dtype(x)) for p in repeated]
+    grad_x = _backward(kernel, grad_y, grad_logdet, x, repeated, every, sample_dims)
+    shared = [d for d in range(x.dim()) if parameters[0].shape[d] != x.shape[d]]
+    for grad, each in zip(grads, every, strict=True):
+        grad.copy_(each.sum(shared, keepdim=True, dtype=torch.float64))
+    return grad_x
+
+
 def rational_quadratic_spline(
-    x, widths, heights, derivatives, bound,
+    x, widths, heights, derivatives, bound, mask,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
-    _check_spline(x, parameters, _bins(widths), bound, tails, *how[:3], sample_dims)
-    if _is_uncovered("rational_quadratic_spline", bound, tails, exact, _bins(widths)):
-        return reference.rational_quadratic_spline(x, *parameters, bound, inverse, tails, *how, sample_dims, exact)
-    return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
+    _check_spline(x, parameters, _bins(widths), bound, mask, tails, *how[:3], sample_dims)
+    if _is_uncovered("rational_quadratic_spline", bound, mask, tails, exact, _bins(widths)):
+        return reference.rational_quadratic_spline(
+            x, *parameters, bound, mask, inverse, tails, *how, sample_dims, exact
+        )
+    return _spline_forward(x, parameters, inverse, how, sample_dims)
 
 
 def rational_quadratic_spline_packed(
-    x, params, bound, bins, inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact
-):
+    x, params, bound, mask, bins, split,
+    inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
+):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
-    _check_spline(x, (params,), bins, bound, tails, *how[:3], sample_dims)
-    if _is_uncovered("rational_quadratic_spline_packed", bound, tails, exact, bins):
+    part = _checked_part(x, params, split, x)
+    _check_spline(part, (params,), bins, bound, mask, tails, *how[:3], sample_dims)
+    if _is_uncovered("rational_quadratic_spline_packed", bound, mask, tails, exact, bins):
         return reference.rational_quadratic_spline_packed(
-            x, params, bound, bins, inverse, tails, *how, sample_dims, exact
+            x, params, bound, mask, bins, split, inverse, tails, *how, sample_dims, exact
         )
-    parameters = _split(params, bins)
-    return _forward(_spline(x, parameters, inverse, *how), x, parameters, sample_dims)
+    y, logdet = _spline_forward(part, _split(params, bins), inverse, how, sample_dims)
+    return _joined(x, split, y), logdet
 
 
 def rational_quadratic_spline_backward(
-    grad_y, grad_logdet, x, widths, heights, derivatives, bound,
+    grad_y, grad_logdet, x, widths, heights, derivatives, bound, mask,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     parameters, how = (widths, heights, derivatives), (parametrization, box, smallest, logit_scale, curve)
-    _check_spline(x, parameters, _bins(widths), bound, tails, *how[:3], sample_dims)
+    _check_spline(x, parameters, _bins(widths), bound, mask, tails, *how[:3], sample_dims)
     _check_gradients(grad_y, grad_logdet, x, sample_dims)
-    if _is_uncovered("rational_quadratic_spline_backward", bound, tails, exact, _bins(widths)):
+    if _is_uncovered("rational_quadratic_spline_backward", bound, mask, tails, exact, _bins(widths)):
         return reference.rational_quadratic_spline_backward(
-            grad_y, grad_logdet, x, *parameters, bound, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, *parameters, bound, mask, inverse, tails, *how, sample_dims, exact
         )
-    kernel = _spline(x, parameters, inverse, *how)
     grads = [_like(t) for t in parameters]
-    return _backward(kernel, grad_y, grad_logdet, x, parameters, grads, sample_dims), *grads
+    return _spline_backward(grad_y, grad_logdet, x, parameters, grads, inverse, how, sample_dims), *grads
 
 
 def rational_quadratic_spline_packed_backward(
-    grad_y, grad_logdet, x, params, bound, bins,
+    grad_y, grad_logdet, x, params, bound, mask, bins, split,
     inverse, tails, parametrization, box, smallest, logit_scale, curve, sample_dims, exact,
 ):  # fmt: skip
     how = (parametrization, box, smallest, logit_scale, curve)
-    _check_spline(x, (params,), bins, bound, tails, *how[:3], sample_dims)
-    _check_gradients(grad_y, grad_logdet, x, sample_dims)
-    if _is_uncovered("rational_quadratic_spline_packed_backward", bound, tails, exact, bins):
+    _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
+    part, grad_part = (_checked_part(x, params, split, t) for t in (x, grad_y))
+    _check_spline(part, (params,), bins, bound, mask, tails, *how[:3], sample_dims)
+    _check_gradients(grad_part, grad_logdet, part, sample_dims)
+    if _is_uncovered("rational_quadratic_spline_packed_backward", bound, mask, tails, exact, bins):
         return reference.rational_quadratic_spline_packed_backward(
-            grad_y, grad_logdet, x, params, bound, bins, inverse, tails, *how, sample_dims, exact
+            grad_y, grad_logdet, x, params, bound, mask, bins, split, inverse, tails, *how, sample_dims, exact
         )
-    parameters, grad = _split(params, bins), _like(params)
-    kernel = _spline(x, parameters, inverse, *how)
-    return _backward(kernel, grad_y, grad_logdet, x, parameters, _split(grad, bins), sample_dims), grad
+    grad = _like(params)
+    grad_x = _spline_backward(
+        grad_part, grad_logdet, part, _split(params, bins), _split(grad, bins), inverse, how, sample_dims
+    )
+    return _joined(grad_y, split, grad_x), grad

@@ -128,7 +128,7 @@ def affine_coupling_packed(
     clamp: float,
     shift_first: bool,
     shift_leads: bool,
-    split: Sequence[int],
+    split: Sequence[int] | None,
     sample_dims: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for some channels of x. params: scale and shift in the last dimension, or a shift alone ("none")."""
@@ -200,6 +200,7 @@ def rational_quadratic_spline(
     heights: torch.Tensor,
     derivatives: torch.Tensor,
     bound: torch.Tensor | None,
+    mask: torch.Tensor | None,
     inverse: bool,
     tails: str,
     parametrization: str,
@@ -210,15 +211,22 @@ def rational_quadratic_spline(
     sample_dims: int,
     exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and log |dy/dx|. x: [...], widths and heights: [..., K], derivatives: [..., K - 1 | K | K + 1].
+    """y and log |dy/dx|. x: [...], widths and heights: [..., K], derivatives: [..., K - 1 | K | K + 1], parameters with
+    1 in place of a size where elements share them.
 
     bound: [...], log-det dtype; the box of an element is `box` times its bound, and with tails "mixed" (K derivatives)
     times |bound|: where that is negative, tails are circular, else linear, and the first derivative is not used.
+    mask: bool, [...]; where false, an element passes as it is, and its parameters have no gradient.
     box: left, right, bottom, top. smallest: bin width, bin height, derivative. curve: the sharpness of the softplus
     (nflows), or -log of the smallest slope (zuko).
     """
     dtype = working_dtype(x, widths, exact=exact)
-    u, raw_w, raw_h, raw_d = (t.to(dtype) for t in (x, widths, heights, derivatives))
+    parameters = [t.to(dtype).expand(*x.shape, t.shape[-1]) for t in (widths, heights, derivatives)]
+    u = x.to(dtype)
+    if mask is not None:  # what does not count must not be NaN either, for the sake of gradients
+        u = torch.where(mask, u, 0.0)
+        parameters = [torch.where(mask.unsqueeze(-1), t, 0.0) for t in parameters]
+    raw_w, raw_h, raw_d = parameters
     circular, scale, there = None, 1.0, None
     given = u
     if bound is not None:
@@ -275,15 +283,25 @@ def rational_quadratic_spline(
         logdet = torch.where(inside, logdet, 0.0)
     if there is not None:
         logdet = logdet * there
+    if mask is not None:
+        y, logdet = torch.where(mask, y, x.to(dtype)), torch.where(mask, logdet, 0.0)
     return y.to(x.dtype), summed(logdet, sample_dims, logdet_dtype(x))
 
 
 def rational_quadratic_spline_packed(
-    x: torch.Tensor, params: torch.Tensor, bound: torch.Tensor | None, bins: int, *how: Any
+    x: torch.Tensor,
+    params: torch.Tensor,
+    bound: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bins: int,
+    split: Sequence[int] | None,
+    *how: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with widths, heights and derivatives in one tensor, [..., P]."""
-    sizes = (bins, bins, params.shape[-1] - 2 * bins)
-    return rational_quadratic_spline(x, *params.split(sizes, -1), bound, *how)
+    """The same for some channels of x, with widths, heights and derivatives in one tensor, [..., P]."""
+    parameters = params.split((bins, bins, params.shape[-1] - 2 * bins), -1)
+    part = part_of(x, split, params.shape[split[0]]) if split else x
+    y, logdet = rational_quadratic_spline(part, *parameters, bound, mask, *how)
+    return (with_part(x, split, y) if split else y), logdet
 
 
 rational_quadratic_spline_backward = functools.partial(differentiated, rational_quadratic_spline, 4)

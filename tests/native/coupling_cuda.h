@@ -152,7 +152,8 @@ struct Problem {
   int bins;
   Storage type, parameter_type;
   Form form, gradient_form;
-  bool scalars_dense, packed, merged;
+  bool scalars_dense, packed, merged, masked;
+  int shared_behind;  // -1, or the dimensions behind that many share parameters, whose gradients are summed
 };
 
 inline std::string describe(const Problem& p, const char* what) {
@@ -161,7 +162,7 @@ inline std::string describe(const Problem& p, const char* what) {
   return std::string(what) + " [" + n(p.sizes[0]) + "," + n(p.sizes[1]) + "," + n(p.sizes[2]) + "] sample_dims " +
          n(p.sample_dims) + " bins " + n(p.bins) + " " + types[int(p.type)] + "/" + types[int(p.parameter_type)] +
          " forms " + n(p.form) + n(p.gradient_form) + " dense " + n(p.scalars_dense) + " packed " + n(p.packed) +
-         " merged " + n(p.merged);
+         " merged " + n(p.merged) + " masked " + n(p.masked) + " shared behind " + n(p.shared_behind);
 }
 
 // Operands of one call, on the device or on the host.
@@ -173,7 +174,7 @@ struct Call {
     int64_t first;
   };
   Where where[kSplineOperands] = {};
-  Array *sample_logdet = nullptr, *bounds = nullptr;
+  Array *sample_logdet = nullptr, *bounds = nullptr, *mask = nullptr, *shared = nullptr;
 
   int64_t rows_stride[kSplineOperands][3] = {};
 
@@ -193,20 +194,19 @@ struct Call {
     if (!p.scalars_dense && uniform(0, 3) == 0) stride[0] = 1, stride[1] = n[0], stride[2] = n[0] * n[1];
     place(operand, add(type, first + n[0] * n[1] * (n[2] + gap)), first, stride);
   }
-  // Shared along some dimensions, or along none.
-  void add_bounds(const Problem& p, Storage type) {
+  // Shared along some dimensions, or along none. Flags are bytes.
+  Array* add_aside(const Problem& p, Storage type, int64_t bytes, Aside& aside) {
     const int64_t* n = p.sizes;
     const int shared = int(uniform(0, 3));
     const int64_t step = pick<int64_t>({1, 2});
     const int64_t stride[3] = {shared ? 0 : n[1] * n[2] * step, shared > 1 ? 0 : n[2] * step, shared > 2 ? 0 : step};
-    bounds = add(type, n[0] * n[1] * n[2] * step + 1);
-    SplineBounds& b = e.bounds;
     const bool merges = shared == 3 || (shared == 0 && uniform(0, 1));
-    b.rows.dims = merges ? 0 : 2;
-    b.rows.count = merges ? 1 : n[0] * n[1];
-    for (int d = 0; d < b.rows.dims; ++d) b.rows.size[d] = n[d], b.rows.stride[0][d] = stride[d];
-    b.n = merges ? n[0] * n[1] * n[2] : n[2];
-    b.stride = stride[2];
+    aside.rows.dims = merges ? 0 : 2;
+    aside.rows.count = merges ? 1 : n[0] * n[1];
+    for (int d = 0; d < aside.rows.dims; ++d) aside.rows.size[d] = n[d], aside.rows.stride[0][d] = stride[d];
+    aside.n = merges ? n[0] * n[1] * n[2] : n[2];
+    aside.stride = stride[2];
+    return add(type, n[0] * n[1] * n[2] * step * bytes / storage_bytes(type) + 1);
   }
   // Three tensors of `counts` parameters, or one that holds them side by side.
   void add_parameters(const Problem& p, int operand, Form form, bool packed, const int64_t (&counts)[3]) {
@@ -225,6 +225,7 @@ struct Call {
         stride[0] = n[1] * n[2] * apart, stride[1] = n[2] * apart, stride[2] = apart;
         if (form == Form::gaps) stride[1] += 5, stride[0] = n[1] * stride[1];
         if (form == Form::shared) stride[0] = 0, stride[1] = uniform(0, 1) ? 0 : stride[1];
+        for (int d = std::max(p.shared_behind, 0); p.shared_behind >= 0 && d < 3; ++d) stride[d] = 0;
         const int64_t last = (n[0] - 1) * stride[0] + (n[1] - 1) * stride[1] + (n[2] - 1) * stride[2];
         array = add(p.parameter_type, first + (elements ? last : 0) + (count ? (count - 1) * step : 0) + 1);
       }
@@ -250,9 +251,9 @@ struct Call {
     e.type = p.type;
     e.parameter_type = p.parameter_type;
     e.logdet_type = p.type == Storage::f64 ? Storage::f64 : Storage::f32;
-    e.summed = p.sample_dims >= 0;
+    e.summed = p.sample_dims >= 0 && !shared;
     e.samples = e.sample_size = 1;
-    for (int d = 0; d < 3; ++d) (d < p.sample_dims ? e.samples : e.sample_size) *= n[d];
+    for (int d = 0; d < 3; ++d) (d < (shared ? p.shared_behind : p.sample_dims) ? e.samples : e.sample_size) *= n[d];
   }
   SplineElements on_host() const {
     SplineElements h = e;
@@ -260,6 +261,8 @@ struct Call {
       h.data[k] = where[k].array ? where[k].array->at(where[k].array->want.data(), where[k].first) : nullptr;
     if (sample_logdet) h.sample_logdet = sample_logdet->at(sample_logdet->want.data(), 0);
     if (bounds) h.bounds.data = bounds->at(bounds->want.data(), 0);
+    if (mask) h.mask.data = mask->at(mask->want.data(), 0);
+    if (shared) h.shared = reinterpret_cast<double*>(shared->at(shared->want.data(), 0));
     return h;
   }
   SplineElements on_device() const {
@@ -268,6 +271,8 @@ struct Call {
       d.data[k] = where[k].array ? where[k].array->at(where[k].array->device, where[k].first) : nullptr;
     if (sample_logdet) d.sample_logdet = sample_logdet->at(sample_logdet->device, 0);
     if (bounds) d.bounds.data = bounds->at(bounds->device, 0);
+    if (mask) d.mask.data = mask->at(mask->device, 0);
+    if (shared) d.shared = reinterpret_cast<double*>(shared->at(shared->device, 0));
     return d;
   }
 };
@@ -283,14 +288,16 @@ struct Put {
   PYPERF_HD void operator()(int j, R value) const { to[j] = value; }
 };
 
-// What the kernels compute, one element after the other; summed log-dets as sums of magnitudes too.
+// What the kernels compute, one element after the other; sums, of log-dets or of shared gradients, as sums of
+// magnitudes too.
 template <bool kBackward, class R>
 void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>& sums,
                std::vector<double>& magnitudes) {
   using M = ScalarMachine<R>;
   const int bins = c.bins, counts[] = {bins, bins, c.derivatives()};
   std::vector<R> raw(size_t(3 * bins + 1)), put(raw.size()), ew(size_t(bins) + 0), eh(ew);
-  sums.assign(size_t(e.summed ? e.samples : 0), 0);
+  const int parameters = 2 * bins + c.derivatives();
+  sums.assign(size_t(e.shared ? e.samples * parameters : e.summed ? e.samples : 0), 0);
   magnitudes = sums;
   for (int64_t i = 0; i < e.count; ++i) {
     int64_t offsets[kSplineOperands];
@@ -319,13 +326,23 @@ void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>&
       const R grad_x = math::spline_gradients<M, 0, true>(c, point, grad_y, grad_logdet, w, h, ew.data(), eh.data(),
                                                           Put<R>{put.data()}, Put<R>{put.data() + bins},
                                                           Put<R>{put.data() + 2 * bins});
-      store(at(kResult, 0, e.type), e.type, double(grad_x));
+      const bool on = !e.mask.data || static_cast<const bool*>(e.mask.data)[e.mask.offset(i)];
+      store(at(kResult, 0, e.type), e.type, double(on ? grad_x : grad_y));
+      for (int j = 0; j < parameters; ++j) {
+        R& gradient = put[size_t(j)];
+        if (!on) gradient = 0;
+        if (!e.shared) continue;
+        sums[size_t(i / e.sample_size * parameters + j)] += double(gradient);
+        magnitudes[size_t(i / e.sample_size * parameters + j)] += std::fabs(double(gradient));
+      }
+      if (e.shared) continue;
       for (int k = 0, before = 0; k < 3; before += counts[k++])
         for (int j = 0; j < counts[k]; ++j)
           store(at(kGradWidths + k, j, e.parameter_type), e.parameter_type, double(put[size_t(before + j)]));
     } else {
       R y, logdet;
       math::spline_value<M, true>(c, point, x, y, logdet);
+      if (e.mask.data && !static_cast<const bool*>(e.mask.data)[e.mask.offset(i)]) y = x, logdet = 0;
       store(at(kResult, 0, e.type), e.type, double(y));
       if (!e.summed) store(at(kLogdet, 0, e.logdet_type), e.logdet_type, double(logdet));
       if (!e.summed) continue;
@@ -335,15 +352,14 @@ void reference(const SplineElements& e, const Spline<R>& c, std::vector<double>&
   }
 }
 
-inline void check_sums(const Call& call, const std::vector<double>& sums, const std::vector<double>& magnitudes,
+inline void check_sums(Array& array, const std::vector<double>& sums, const std::vector<double>& magnitudes,
                        const std::string& what) {
-  Array& array = *call.sample_logdet;
   bool ok = true;
   for (size_t s = 0; s < sums.size(); ++s) {
     const double got = load(array.at(array.got.data(), int64_t(s)), array.type);
     const double rounding = array.type == Storage::f64 ? 0 : 1.2e-7 * std::fabs(sums[s]);
-    if (std::isnan(sums[s]) || std::isinf(sums[s]))
-      ok = ok && (std::isnan(sums[s]) ? std::isnan(got) : got == sums[s]);
+    if (!std::isfinite(magnitudes[s]))  // what overflows on the way depends on the order
+      ok = ok && (!std::isnan(magnitudes[s]) || std::isnan(got));
     else
       ok = ok && std::fabs(got - sums[s]) <= rounding + 1e-12 * magnitudes[s];
     store(array.at(array.want.data(), int64_t(s)), array.type, got);
@@ -365,7 +381,7 @@ struct Serial {
 
 // The CPU's kernels on the same call: in `want` are the bits that they should give.
 template <bool kBackward, class R>
-void check_cpu(const Call& call, const Spline<R>& c, const std::string& what) {
+void check_cpu(const Call& call, const Spline<R>& c, const std::vector<double>& magnitudes, const std::string& what) {
   std::vector<std::vector<unsigned char>> wanted;
   for (const auto& array : call.arrays) {
     wanted.push_back(array->want);
@@ -373,13 +389,23 @@ void check_cpu(const Call& call, const Spline<R>& c, const std::string& what) {
   }
   const SplineElements e = call.on_host();
   const SampleUnits units(e.samples, e.sample_size);
-  std::vector<double> partials(size_t(units.count + 1));
+  std::vector<double> partials(size_t((units.count + 1) * (2 * c.bins + c.derivatives())));
   if (e.count) baseline::spline<R, kBackward>(e, c, partials.data(), Serial());
   bool ok = true;
   for (size_t a = 0; a < wanted.size(); ++a) {
     Array& array = *call.arrays[a];
     array.got = wanted[a];
-    if (&array != call.sample_logdet) ok = ok && array.right();
+    if (&array == call.shared) {  // of which there may be another order
+      for (int64_t i = 0; i < array.count(); ++i) {
+        const double got = load(array.at(array.got.data(), i), Storage::f64),
+                     want = load(array.at(array.want.data(), i), Storage::f64);
+        const bool finite = std::isfinite(want) && std::isfinite(got);
+        ok = ok &&
+             (finite ? std::fabs(got - want) <= 1e-12 * magnitudes[size_t(i)] : !std::isfinite(magnitudes[size_t(i)]));
+      }
+    } else if (&array != call.sample_logdet) {
+      ok = ok && array.right();
+    }
     array.want = wanted[a];
   }
   report(ok, what + " (CPU)");
@@ -401,19 +427,31 @@ void check(const Problem& p, const Spline<R>& c) {
   Call call;
   call.add_scalars(p, kInput, p.type);
   call.add_parameters(p, kWidths, p.form, p.packed, counts);
-  if (c.scaled) call.add_bounds(p, logdet_type);
+  if (c.scaled) call.bounds = call.add_aside(p, logdet_type, storage_bytes(logdet_type), call.e.bounds);
+  if (p.masked) call.mask = call.add_aside(p, Storage::f16, 1, call.e.mask);
+  const bool shares = kBackward && p.shared_behind >= 0, summed = p.sample_dims >= 0 && !shares;
   if (kBackward) call.add_scalars(p, kGradOutput, p.type);
-  if (kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
-  if (p.sample_dims >= 0 && kBackward) call.sample_logdet = call.add(logdet_type, samples);
+  if (kBackward && !summed) call.add_scalars(p, kLogdet, logdet_type);
+  if (summed && kBackward) call.sample_logdet = call.add(logdet_type, samples);
   for (const auto& array : call.arrays) array->fill(array->type == p.parameter_type ? parameter : anything);
   call.where[kInput].array->fill(anything);
   if (c.scaled) call.bounds->fill(bound);
+  if (p.masked) {
+    auto& bytes = call.mask->got;
+    for (size_t i = size_t(Array::kGuard); i < bytes.size() - size_t(Array::kGuard); ++i) bytes[i] = uniform(0, 2) > 0;
+    call.mask->want = bytes;
+  }
   const size_t inputs = call.arrays.size();
   call.add_scalars(p, kResult, p.type);
   if (!kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
   if (!kBackward && p.sample_dims >= 0) call.sample_logdet = call.add(logdet_type, samples);
-  if (kBackward)
+  if (shares) {
+    int64_t sets = 1;
+    for (int d = 0; d < p.shared_behind; ++d) sets *= p.sizes[d];
+    call.shared = call.add(Storage::f64, sets * (counts[0] + counts[1] + counts[2]));
+  } else if (kBackward) {
     call.add_parameters(p, kGradWidths, p.gradient_form, p.packed ? uniform(0, 3) : !uniform(0, 3), counts);
+  }
   call.walk(p);
   call.e.packed = p.packed;
   if (kBackward) {
@@ -433,27 +471,29 @@ void check(const Problem& p, const Spline<R>& c) {
   require(spline<kBackward>(e, c, workspace, cudaStream_t{}), what.c_str());
   require(cudaDeviceSynchronize(), what.c_str());
 #if !defined(__CUDACC__)
-  const bool rows = e.count > 0, sums_apart = !kBackward && e.summed && (bytes > 0 || (!rows && e.samples > 0));
+  const bool rows = e.count > 0, sums_apart = bytes > 0 || (!kBackward && e.summed && !rows && e.samples > 0);
   report(emulator::launches - before == int(rows) + int(sums_apart), what + ": launches");
 #endif
   cudaFree(workspace);
   for (const auto& array : call.arrays) array->download();
   bool ok = true;
   for (const auto& array : call.arrays)
-    if (kBackward || array.get() != call.sample_logdet) ok = ok && array->right();
+    if (array.get() != call.shared && (kBackward || array.get() != call.sample_logdet)) ok = ok && array->right();
   report(ok, what);
-  if (!kBackward && e.summed) check_sums(call, sums, magnitudes, what + ": sums");
+  if (!kBackward && e.summed) check_sums(*call.sample_logdet, sums, magnitudes, what + ": sums");
+  if (shares && e.count) check_sums(*call.shared, sums, magnitudes, what + ": shared");
 #if !defined(__CUDACC__)
   for (size_t a = inputs; a < call.arrays.size(); ++a)
     std::fill(call.arrays[a]->got.begin(), call.arrays[a]->got.end(), 0xcd);
-  check_cpu<kBackward>(call, c, what);
+  check_cpu<kBackward>(call, c, magnitudes, what);
 #else
   (void)inputs;
 #endif
 }
 
-inline void check(const Problem& p) {
+inline void check(Problem p) {
   const bool exact = uniform(0, 3) == 0 || p.type == Storage::f64 || p.parameter_type == Storage::f64;
+  if (p.shared_behind >= 0) p.parameter_type = exact ? Storage::f64 : Storage::f32;  // as the caller has it
   const Tails tails = Tails(uniform(0, 3));
   const bool scaled = tails == Tails::mixed || uniform(0, 2) == 0;
   const bool inverse = uniform(0, 1), exponential = uniform(0, 3) == 0;
@@ -488,6 +528,8 @@ inline Problem random_problem(int bins) {
   p.scalars_dense = uniform(0, 2);
   p.packed = uniform(0, 1);
   p.merged = uniform(0, 1);
+  p.masked = uniform(0, 3) == 0;
+  p.shared_behind = uniform(0, 3) ? -1 : int(uniform(0, 2));
   return p;
 }
 
