@@ -369,7 +369,7 @@ class _Coupling(_Layer):
     # -- parameters --
 
     def _parameters_of(self, untouched: torch.Tensor, part: torch.Tensor, context: Any) -> torch.Tensor:
-        """What the conditioner says, as a view [*part.shape, P], or with 1 in place of a size other than the channels."""
+        """What the conditioner says, as a view [*part.shape, P], with 1 where it has 1 in place of another size."""
         raw = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
         count, channels, positions = self.params_per_feature, part.shape[1], part.shape[2:]
         params = None

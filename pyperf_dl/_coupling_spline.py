@@ -558,8 +558,8 @@ def rational_quadratic_spline_packed(
 
     Args:
         params: [*x.shape, P] with P = 3 K - 1 (linear tails), 3 K (circular, or a sequence of tails) or 3 K + 1
-            (bounded): widths, then heights, then derivatives. Or what broadcasts to it, with sums of gradients as there.
-            Any strides; its gradient is one tensor, laid out alike. With `channels` [B, C', ..., P].
+            (bounded): widths, then heights, then derivatives. Or what broadcasts to it, with sums of gradients as
+            there. Any strides; its gradient is one tensor, laid out alike. With `channels` [B, C', ..., P].
         bins: K.
         channels: the slice of dim 1 of x [B, C, ...] that is transformed, of a step >= 1 and C' channels. The others
             are copied to y, and their gradient to x. By default all of x is transformed. sample_mask, a tensor for
