@@ -318,7 +318,7 @@ def test_positions_in_64_bits(launcher, monkeypatch):
     monkeypatch.setattr(launcher, "_launch", lambda *args, **options: launch(*args, **{**options, "NARROW": False}))
     x, packed = layouts()["transposed"]
     check_spline(launcher, x, (packed, 5), spline_statics(sample_dims=1))
-    check_affine(launcher, (x, packed[..., 0], packed[..., 1]), (False, "exp", 0.0, False, -1))
+    check_affine(launcher, (x, packed[..., 0], packed[..., 1]), (False, "exp", 0.0, 0.0, 0.0, False, -1))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -403,7 +403,7 @@ def test_affine(launcher, activation, dtype):
 
 def test_clamped_exp(launcher):
     tensors = [numbers(4, 9, seed=i, dtype=torch.float64, size=2.0) for i in range(3)]
-    check_affine(launcher, tensors, (False, "exp", 1.25, False, 1))
+    check_affine(launcher, tensors, (False, "exp", 1.25, 0.0, 0.0, False, 1))
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
@@ -439,7 +439,7 @@ def test_nan_stays_in_its_element_of_affine_couplings(launcher):
 @pytest.mark.parametrize("split", [[], [1, 2, 1], [1, 0, 2]], ids=str)
 def test_packed_affine(launcher, split):
     x, params = torch.randn(3, 5), torch.randn(3, 3 if split else 5, 2)
-    how = (False, "tanh", 2.0, False, True, split, 1)
+    how = (False, "tanh", 2.0, 0.0, 0.0, False, True, split, 1)
     got = launcher.affine_coupling_packed(*on_device((x, params)), *how)
     want = reference.affine_coupling_packed(x, params, *how)
     torch.testing.assert_close([t.cpu() for t in got], list(want))
@@ -458,8 +458,8 @@ def test_affine_layouts(small_programs, launcher):
     for (scale, shift), base in itertools.product(pairs, bases):
         tensors = base, scale[..., : base.shape[-1]], shift[..., : base.shape[-1]]
         for sample_dims in (0, 1, 4):
-            check_affine(launcher, tensors, (sample_dims == 1, "sigmoid", 0.0, False, sample_dims))
-        y, _ = launcher.affine_coupling(*on_device(tensors), False, "exp", 0.0, True, 1)
+            check_affine(launcher, tensors, (sample_dims == 1, "sigmoid", 0.0, 0.0, 0.0, False, sample_dims))
+        y, _ = launcher.affine_coupling(*on_device(tensors), False, "exp", 0.0, 0.0, 0.0, True, 1)
         assert y.stride() == expected_layout(base)
 
 
@@ -608,7 +608,7 @@ def test_parts_of_large_samples_are_added_in_float64(launcher, monkeypatch):
     monkeypatch.setattr(launcher, "ELEMENTS", 4)
     parts = numbers(8, 40)
     (x,) = on_device((parts.repeat_interleave(4, 1) / 4,))
-    _, logdet = launcher.affine_coupling(x, x, x, False, "exp", 0.0, False, 1)
+    _, logdet = launcher.affine_coupling(x, x, x, False, "exp", 0.0, 0.0, 0.0, False, 1)
     assert torch.equal(logdet.cpu(), parts.double().sum(1).float())
 
 
