@@ -26,22 +26,27 @@ __all__ = ["Report", "disable", "enable", "report"]
 _peer = _swap.Peer("glasflow", "glasflow", "0.4", "0.4")
 disable, report = _peer.disable, _peer.report
 _scales: dict[Any, Scale | Declined] = {}  # of scale activations, by function
-_of_captured: dict[Any, Callable[[Any], Scale | Declined]] = {}  # of what such a function captured, by its code
+# The code of those that capture a variable, and what scale its value makes; the compiler takes no dict of codes.
+_capturing: list[tuple[Any, Callable[[Any], Scale | Declined]]] = []
 
 
 def _find_activations() -> None:
     from glasflow.nflows.transforms import autoregressive, coupling
     from glasflow.transforms import utils
 
-    layer = coupling.AffineCouplingTransform
     narrow, wide = _splines.floored("sigmoid", 1e-3), _splines.floored("softplus", 1e-3, 3.0)
-    _scales.update({layer.DEFAULT_SCALE_ACTIVATION: narrow, layer.GENERAL_SCALE_ACTIVATION: wide})
     named = {"nflows": narrow, "nflows_general": wide, "wide": wide, **{f"log{n}": _exp_tanh(n) for n in (1, 2, 3)}}
-    _scales.update({utils.SCALE_ACTIVATIONS[name]: scale for name, scale in named.items()})
-    _of_captured[_inner_code(utils.get_scale_activation, "sigmoid")] = _exp_tanh
-    _of_captured[_inner_code(autoregressive.MaskedAffineAutoregressiveTransform.__init__, "softplus")] = lambda layer: (
-        _splines.floored("softplus", layer._epsilon)
-    )
+    found = {utils.SCALE_ACTIVATIONS[name]: scale for name, scale in named.items()} | {
+        coupling.AffineCouplingTransform.DEFAULT_SCALE_ACTIVATION: narrow,
+        coupling.AffineCouplingTransform.GENERAL_SCALE_ACTIVATION: wide,
+    }
+    theirs = (utils.__name__, coupling.__name__)  # names may have got other functions
+    _scales.update({function: scale for function, scale in found.items() if function.__module__ in theirs})
+    of_autoregressive = autoregressive.MaskedAffineAutoregressiveTransform.__init__
+    _capturing[:] = [
+        (_inner_code(utils.get_scale_activation, "sigmoid"), _exp_tanh),
+        (_inner_code(of_autoregressive, "softplus"), lambda layer: _splines.floored("softplus", layer._epsilon)),
+    ]
 
 
 def _inner_code(function: Any, name: str) -> Any:
@@ -58,8 +63,9 @@ def _scale_of(layer: Any) -> Scale | Declined:
     activation = layer.scale_activation
     if not isinstance(activation, FunctionType):
         return Declined("scale activation")
-    if activation.__code__ in _of_captured:
-        return _of_captured[activation.__code__](activation.__closure__[0].cell_contents)
+    for code, scale_of in _capturing:
+        if activation.__code__ is code:
+            return scale_of(activation.__closure__[0].cell_contents)
     return _scales.get(activation, Declined("scale activation"))
 
 
