@@ -94,12 +94,12 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
   using R = typename M::R;
   using F = AffineFormat<R>;
   using coupling::Activation;
+  constexpr bool kFloor = kActivation == Activation::sigmoid_floor || kActivation == Activation::softplus_floor;
   constexpr bool kSigmoid = kActivation == Activation::sigmoid || kActivation == Activation::sigmoid_floor;
-  constexpr bool kSoftplus = kActivation == Activation::softplus || kActivation == Activation::softplus_floor;
   const auto zero = M::of(R(0)), one = M::of(R(1)), sign = M::of(c.scale_sign);
   if constexpr (kActivation == Activation::none) {
     logdet = zero, factor = one, exponent = zero, slope = zero;
-  } else if constexpr (kSigmoid || kSoftplus) {
+  } else if constexpr (kSigmoid || kActivation == Activation::softplus || kFloor) {
     // The scale itself, for its logarithm has lost digits of it where it is large.
     const auto v = kSigmoid ? u + R(2) : u;
     const auto negative = M::less(v, zero);
@@ -115,7 +115,7 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
       factor = M::select(negative, power, one);  // of the scale e / (1 + e) or 1 / (1 + e)
       factor = upwards ? factor * reciprocal : (e + R(1)) / factor;
       exponent = sign * M::select(negative, n, zero);
-    } else if constexpr (kActivation == Activation::sigmoid_floor || kActivation == Activation::softplus_floor) {
+    } else if constexpr (kFloor) {
       // The scale is base + part; near 1, its logarithm needs what that sum rounds off.
       const auto least = M::of(c.min_scale), most = M::of(c.max_scale), share = e * reciprocal;
       const auto base = kSigmoid ? M::select(negative, zero, one) : M::larger(v, zero);

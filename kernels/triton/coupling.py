@@ -158,6 +158,7 @@ def _softclip(u, bound):
 
 @triton.jit
 def _log_of_floored(u, least, most, SIGMOID: tl.constexpr):
+    """Logarithm of a scale with a floor, and its derivative by u."""
     v = u + 2.0 if SIGMOID else u
     e = _exp(-tl.abs(v))
     share = e / (1.0 + e)
@@ -165,7 +166,7 @@ def _log_of_floored(u, least, most, SIGMOID: tl.constexpr):
         part = least + tl.where(v < 0, share, -share)
         scale = tl.where(v < 0, part, 1.0 + part)
         by_u = share / (1.0 + e)
-        near = (v >= 0) & (part <= 1.0)  # 1 or less from 1: the logarithm comes from what is missing there
+        near = (v >= 0) & (part <= 1.0)  # there the logarithm comes from how far the scale is from 1
         part = tl.where(near, part, 0.0)
         size = tl.where(near, part * _log1p_ratio(part), tl.log(scale))
     else:

@@ -316,20 +316,9 @@ def affine_coupling_packed(
 
 
 def affine_coupling_packed_backward(
-    grad_y,
-    grad_logdet,
-    x,
-    params,
-    inverse,
-    activation,
-    clamp,
-    min_scale,
-    max_scale,
-    shift_first,
-    shift_leads,
-    split,
-    sample_dims,
-):
+    grad_y, grad_logdet, x, params,
+    inverse, activation, clamp, min_scale, max_scale, shift_first, shift_leads, split, sample_dims,
+):  # fmt: skip
     if activation == "none":
         raise _refusal("activation must have a scale in a backward", activation)
     _check_packed(x, params, activation, split)

@@ -368,6 +368,9 @@ def _check_calls(quick: bool) -> Iterator[tuple[str, str, dict[str, Any], Any]]:
         yield "rational_quadratic_spline_packed", name, packed, [2 * bins + knots]
     for activation, order in itertools.product(ACTIVATIONS[1:], ("scale_shift", "shift_scale")):
         yield "affine_coupling", f"{activation}, {order}", {"activation": activation, "order": order}, [None, None]
+    floor = {"min_scale": 1e-3, "max_scale": 1.5}
+    for activation in ("sigmoid", "softplus"):
+        yield "affine_coupling", f"{activation} with a floor", floor | {"activation": activation}, [None, None]
     yield "additive_coupling", "shift", {}, [None]
     packed = {"activation": "tanh", "logdet": "elementwise"}
     yield "affine_coupling_packed", "tanh", packed | {"parameters": "shift_scale"}, [2]
