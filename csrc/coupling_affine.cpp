@@ -34,10 +34,11 @@ struct AffineOnCpu {
 }  // namespace
 }  // namespace pyperf::coupling
 
-// clamp: 0 for none. sample_dims: log-dets are summed over the dimensions behind them; -1: not. Packed: params hold
-// scale and shift, or the shift alone for the activation "none", in their last dimension; split is empty, or the
-// dimension of x of which some channels are transformed, the first of them, and how far they are apart.
-#define PYPERF_AFFINE_STATICS "bool inverse, str activation, float clamp, bool shift_first, "
+// clamp, min_scale, max_scale: 0 for none. sample_dims: log-dets are summed over the dimensions behind them; -1: not.
+// Packed: params hold scale and shift, or the shift alone for the activation "none", in their last dimension; split is
+// None, or the dimension of x of which some channels are transformed, the first of them, and how far they are apart.
+#define PYPERF_AFFINE_STATICS \
+  "bool inverse, str activation, float clamp, float min_scale, float max_scale, bool shift_first, "
 #define PYPERF_AFFINE_PACKED_STATICS PYPERF_AFFINE_STATICS "bool shift_leads, SymInt[]? split, SymInt sample_dims"
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
   m.def("affine_coupling(Tensor x, Tensor scale, Tensor shift, " PYPERF_AFFINE_STATICS

@@ -18,7 +18,7 @@ namespace pyperf::coupling {
 struct AffineArguments {
   bool inverse;
   std::string activation;
-  double clamp;  // 0: none
+  double clamp, min_scale, max_scale;  // 0: none
   bool shift_first;
   int64_t sample_dims;
 
@@ -28,6 +28,7 @@ struct AffineArguments {
     how.shift_sign = inverse ? -1 : 1;
     how.shift_before = inverse != shift_first;
     how.activation = named(activation);
+    set_floor(how);
     const bool bounded = how.activation == Activation::tanh || how.activation == Activation::atan ||
                          how.activation == Activation::softclip;
     require(clamp >= 0 && (clamp > 0 || !bounded), "affine_coupling: clamp must be > 0 for ", activation);
@@ -36,6 +37,16 @@ struct AffineArguments {
   }
 
  private:
+  void set_floor(Affine& how) const {
+    const bool floor = min_scale > 0;
+    require(min_scale >= 0 && (max_scale == 0 || (floor && max_scale > min_scale)),
+            "affine_coupling: min_scale must be >= 0, and max_scale above a min_scale > 0, or 0 for none");
+    how.min_scale = min_scale, how.max_scale = max_scale > 0 ? max_scale : std::numeric_limits<double>::infinity();
+    if (!floor) return;
+    require(activation == "sigmoid" || activation == "softplus",
+            "affine_coupling: min_scale is for sigmoid and softplus, got ", activation);
+    how.activation = activation == "sigmoid" ? Activation::sigmoid_floor : Activation::softplus_floor;
+  }
   static Activation named(const std::string& name) {
     if (name == "none") return Activation::none;
     if (name == "exp") return Activation::exp;
@@ -181,14 +192,16 @@ bool run_affine_backward(const Tensor& grad_y, const Tensor& grad_logdet, const 
 
 template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift, bool inverse, std::string activation,
-                                           double clamp, bool shift_first, int64_t sample_dims) {
-  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+                                           double clamp, double min_scale, double max_scale, bool shift_first,
+                                           int64_t sample_dims) {
+  const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const Split split;
   affine::check_pair(x, scale, shift, how);
   auto [y, logdet] = affine_outputs(x, split, sample_dims);
   if (!run_affine<Backend>(x, scale, shift, split, how, y, logdet)) {
-    const auto [dense_y, dense_logdet] = affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift),
-                                                                  inverse, activation, clamp, shift_first, sample_dims);
+    const auto [dense_y, dense_logdet] =
+        affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift), inverse, activation, clamp,
+                                 min_scale, max_scale, shift_first, sample_dims);
     copy_(y, dense_y);
     copy_(logdet, dense_logdet);
   }
@@ -197,16 +210,18 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
 
 template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, bool inverse, std::string activation,
-                                                  double clamp, bool shift_first, bool shift_leads,
-                                                  std::optional<std::vector<int64_t>> split, int64_t sample_dims) {
-  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+                                                  double clamp, double min_scale, double max_scale, bool shift_first,
+                                                  bool shift_leads, std::optional<std::vector<int64_t>> split,
+                                                  int64_t sample_dims) {
+  const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const affine::Packing packing(params, shift_leads, activation == "none");
   const Split channels = affine::checked_split(x, params, packing, split, how);
   auto [y, logdet] = affine_outputs(x, channels, sample_dims);
   const Strided all = params;
   if (!run_affine<Backend>(x, all.of_last(packing.scale), all.of_last(packing.shift), channels, how, y, logdet)) {
-    const auto [dense_y, dense_logdet] = affine_coupling_packed<Backend>(
-        contiguous(x), contiguous(params), inverse, activation, clamp, shift_first, shift_leads, split, sample_dims);
+    const auto [dense_y, dense_logdet] =
+        affine_coupling_packed<Backend>(contiguous(x), contiguous(params), inverse, activation, clamp, min_scale,
+                                        max_scale, shift_first, shift_leads, split, sample_dims);
     copy_(y, dense_y);
     copy_(logdet, dense_logdet);
   }
@@ -216,8 +231,9 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, bool 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor scale,
                                                             Tensor shift, bool inverse, std::string activation,
-                                                            double clamp, bool shift_first, int64_t sample_dims) {
-  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+                                                            double clamp, double min_scale, double max_scale,
+                                                            bool shift_first, int64_t sample_dims) {
+  const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const Split split;
   affine::check_pair(x, scale, shift, how);
   affine::check_gradients(grad_y, grad_logdet, x, split, sample_dims);
@@ -226,9 +242,9 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
   Tensor grad_scale = affine::empty_as(scale, scale.scalar_type());
   Tensor grad_shift = affine::empty_as(shift, shift.scalar_type());
   if (!run_affine_backward<Backend>(grad_y, of_logdet, x, scale, shift, split, how, grad_x, grad_scale, grad_shift)) {
-    const auto [dense_x, dense_scale, dense_shift] =
-        affine_coupling_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale),
-                                          contiguous(shift), inverse, activation, clamp, shift_first, sample_dims);
+    const auto [dense_x, dense_scale, dense_shift] = affine_coupling_backward<Backend>(
+        contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale), contiguous(shift), inverse,
+        activation, clamp, min_scale, max_scale, shift_first, sample_dims);
     copy_(grad_x, dense_x);
     copy_(grad_scale, dense_scale);
     copy_(grad_shift, dense_shift);
@@ -239,11 +255,11 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
 template <class Backend>
 std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor params,
                                                            bool inverse, std::string activation, double clamp,
-                                                           bool shift_first, bool shift_leads,
-                                                           std::optional<std::vector<int64_t>> split,
+                                                           double min_scale, double max_scale, bool shift_first,
+                                                           bool shift_leads, std::optional<std::vector<int64_t>> split,
                                                            int64_t sample_dims) {
   require(activation != "none", "affine_coupling: an additive coupling needs no kernel for its gradients");
-  const AffineArguments how{inverse, activation, clamp, shift_first, sample_dims};
+  const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const affine::Packing packing(params, shift_leads, false);
   const Split channels = affine::checked_split(x, params, packing, split, how);
   affine::check_gradients(grad_y, grad_logdet, x, channels, sample_dims);
@@ -255,7 +271,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Tensor grad_y, Tensor
                                     grads.of_last(packing.shift))) {
     const auto [dense_x, dense_params] = affine_coupling_packed_backward<Backend>(
         contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(params), inverse, activation, clamp,
-        shift_first, shift_leads, split, sample_dims);
+        min_scale, max_scale, shift_first, shift_leads, split, sample_dims);
     copy_(grad_x, dense_x);
     copy_(grad_params, dense_params);
   }

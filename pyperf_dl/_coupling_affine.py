@@ -29,12 +29,13 @@ from .reference import coupling as reference
 ACTIVATIONS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")
 # The largest |log scale| where none is given: FrEIA's clamp, and zuko's smallest slope of 1e-3.
 DEFAULT_CLAMPS = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
+FLOORED = ("sigmoid", "softplus")  # activations that take min_scale and max_scale
 ORDERS = ("scale_shift", "shift_scale")
 
 # ---- operators: shapes, derivatives, batching, sharding ----
 
-# statics: inverse, activation, clamp, shift_first, sample_dims
-# packed:  inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
+# statics: inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims
+# packed:  inverse, activation, clamp, min_scale, max_scale, shift_first, shift_leads, split, sample_dims
 
 
 def _fake_forward(x, scale, shift, *statics):
@@ -163,32 +164,65 @@ _packed, _packed_backward = _operators(
 # ---- arguments ----
 
 
+_Scale = tuple[str, float, float, float]  # activation, clamp, min_scale, max_scale
+
+
 def _plan(
-    op: str, inverse: Any, activation: Any, clamp: Any, order: Any, volume_preserving: Any, logdet: Any
-) -> tuple[float, bool]:
-    """The operator's clamp and shift_first."""
+    op: str,
+    inverse: Any,
+    activation: Any,
+    clamp: Any,
+    min_scale: Any,
+    max_scale: Any,
+    order: Any,
+    volume_preserving: Any,
+    logdet: Any,
+) -> tuple[_Scale, bool]:
+    """The operator's scale and shift_first."""
     _checks.flag(op, "inverse", inverse)
     _checks.flag(op, "volume_preserving", volume_preserving)
     _checks.choice(op, "activation", activation, ACTIVATIONS)
     _checks.choice(op, "order", order, ORDERS)
     _checks.choice(op, "logdet", logdet, ("sum", "elementwise"))
-    shift_first = order == "shift_scale"
+    bound = _clamp(op, activation, clamp)
+    return (activation, bound, *_floor(op, activation, min_scale, max_scale)), order == "shift_scale"
+
+
+def _clamp(op: str, activation: str, clamp: Any) -> float:
     if clamp is None:
-        return DEFAULT_CLAMPS.get(activation, 0.0), shift_first
-    if activation != "exp" and activation not in DEFAULT_CLAMPS:
-        names = ", ".join(map(repr, ("exp", *DEFAULT_CLAMPS)))
-        raise ValueError(f"{op}: clamp is for the activations {names}, got {clamp!r} with {activation!r}")
+        return DEFAULT_CLAMPS.get(activation, 0.0)
+    _check_activation(op, "clamp", clamp, activation, ("exp", *DEFAULT_CLAMPS))
     bound = _number(op, "clamp", clamp)
     if bound <= 0:
         raise ValueError(f"{op}: clamp must be > 0, got {clamp}")
-    return bound, shift_first
+    return bound
+
+
+def _floor(op: str, activation: str, min_scale: Any, max_scale: Any) -> tuple[float, float]:
+    smallest = _number(op, "min_scale", min_scale)
+    if smallest:
+        _check_activation(op, "min_scale", min_scale, activation, FLOORED)
+    if smallest < 0:
+        raise ValueError(f"{op}: min_scale must be >= 0, got {min_scale}")
+    if max_scale is None:
+        return smallest, 0.0
+    largest = _number(op, "max_scale", max_scale)
+    if not 0 < smallest < largest:
+        raise ValueError(f"{op}: max_scale must be above a min_scale > 0, got {max_scale} with min_scale={min_scale}")
+    return smallest, largest
+
+
+def _check_activation(op: str, name: str, value: Any, activation: str, allowed: Sequence[str]) -> None:
+    if activation not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"{op}: {name} is for the activations {names}, got {value!r} with {activation!r}")
 
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
 _planned = functools.lru_cache(maxsize=256, typed=True)(_plan)
 
 
-def _planned_once(*arguments: Any) -> tuple[float, bool]:
+def _planned_once(*arguments: Any) -> tuple[_Scale, bool]:
     if torch.compiler.is_compiling():
         return _plan(*arguments)
     try:
@@ -222,9 +256,9 @@ def _sum_arranged(
     return x, [p.squeeze(-1) for p in moved], sample_dims, back
 
 
-def _centred(scale: torch.Tensor, x: torch.Tensor, activation: str, clamp: float, sample_dims: int) -> torch.Tensor:
+def _centred(scale: torch.Tensor, x: torch.Tensor, of_scale: _Scale, sample_dims: int) -> torch.Tensor:
     """The log scale less its mean over a sample."""
-    log = reference.log_scale(scale.to(reference.working_dtype(x)), activation, clamp)
+    log = reference.log_scale(scale.to(reference.working_dtype(x)), *of_scale)
     dims = tuple(range(min(1, x.dim()) if sample_dims < 0 else sample_dims, x.dim()))
     return (log - log.mean(dims, keepdim=True) if dims else torch.zeros_like(log)).to(x.dtype)
 
@@ -237,6 +271,8 @@ def affine_coupling(
     inverse: bool = False,
     activation: str = "exp",
     clamp: float | None = None,
+    min_scale: float = 0.0,
+    max_scale: float | None = None,
     order: str = "scale_shift",
     volume_preserving: bool = False,
     logdet: str = "sum",
@@ -268,6 +304,9 @@ def affine_coupling(
         activation: as above.
         clamp: the largest \\|log s\\|, > 0. ``"exp"``: none by default, and no gradient beyond it. ``"tanh"``,
             ``"atan"``: 2.0 as in FrEIA. ``"softclip"``: -log(1e-3) = 6.908, zuko's slope.
+        min_scale: for ``"sigmoid"`` and ``"softplus"``, a floor that is added: s = sigmoid(u + 2) + min_scale or
+            softplus(u) + min_scale, as in nflows with 1e-3. 0 for none.
+        max_scale: beside a floor, the largest s, above min_scale, and no gradient beyond it.
         order: ``"scale_shift"`` or ``"shift_scale"``.
         volume_preserving: log s less its mean over the summed dimensions, so that the log-det of a sample is 0 (GIN).
             FrEIA's GINCouplingBlock takes the mean over the channels: ``sum_dims=1``.
@@ -294,16 +333,18 @@ def affine_coupling(
     (tensor([[1., 2.]]), tensor([-1.]))
     """
     op = "affine_coupling"
-    bound, shift_first = _planned_once(op, inverse, activation, clamp, order, volume_preserving, logdet)
+    of_scale, shift_first = _planned_once(
+        op, inverse, activation, clamp, min_scale, max_scale, order, volume_preserving, logdet
+    )
     _checks.strided_tensor(op, "x", x, DTYPES)
     scale, shift = _parameter(op, "scale", scale, x), _parameter(op, "shift", shift, x)
     if scale.dtype != shift.dtype:
         raise TypeError(f"{op}: shift must have the dtype of scale, {scale.dtype}, got {shift.dtype}")
     x, (scale, shift), sample_dims, back = _sum_arranged(op, x, (scale, shift), logdet, sum_dims)
     if volume_preserving:
-        scale, shift = _centred(scale, x, activation, bound, sample_dims), shift.to(x.dtype)
-        activation, bound = "exp", 0.0
-    y, total = _coupling(x, scale, shift, inverse, activation, bound, shift_first, sample_dims)
+        scale, shift = _centred(scale, x, of_scale, sample_dims), shift.to(x.dtype)
+        of_scale = ("exp", 0.0, 0.0, 0.0)
+    y, total = _coupling(x, scale, shift, inverse, *of_scale, shift_first, sample_dims)
     if volume_preserving and sample_dims >= 0 and x.dtype not in HALF_DTYPES:  # 16 bits do not hold a mean of 0
         total = torch.zeros_like(total)
     return (y if back is None else y.permute(back)), total
@@ -318,6 +359,8 @@ def affine_coupling_packed(
     inverse: bool = False,
     activation: str = "exp",
     clamp: float | None = None,
+    min_scale: float = 0.0,
+    max_scale: float | None = None,
     order: str = "scale_shift",
     logdet: str = "sum",
     sum_dims: int | Sequence[int] | None = None,
@@ -341,7 +384,7 @@ def affine_coupling_packed(
     (True, torch.Size([8]))
     """
     op = "affine_coupling_packed"
-    bound, shift_first = _planned_once(op, inverse, activation, clamp, order, False, logdet)
+    of_scale, shift_first = _planned_once(op, inverse, activation, clamp, min_scale, max_scale, order, False, logdet)
     _checks.choice(op, "parameters", parameters, ORDERS)
     shape, split = transformed_channels(op, channels, x)
     params = _checked_parameters(op, "params", params, x, shape)
@@ -349,7 +392,7 @@ def affine_coupling_packed(
         raise ValueError(
             f"{op}: params must have 2 in the last dimension, a scale and a shift, got {list(params.shape)}"
         )
-    how = (inverse, activation, bound, shift_first, parameters == "shift_scale")
+    how = (inverse, *of_scale, shift_first, parameters == "shift_scale")
     return _packed_call(op, x, params, how, split, logdet, sum_dims)
 
 
@@ -405,4 +448,6 @@ def additive_coupling(
     _checks.choice(op, "logdet", logdet, ("sum", "elementwise"))
     shape, split = transformed_channels(op, channels, x)
     shift = _parameter(op, "shift", shift, x, shape)
-    return _packed_call(op, x, shift.unsqueeze(-1), (inverse, "none", 0.0, False, False), split, logdet, sum_dims)
+    return _packed_call(
+        op, x, shift.unsqueeze(-1), (inverse, "none", 0.0, 0.0, 0.0, False, False), split, logdet, sum_dims
+    )

@@ -535,7 +535,7 @@ class AffineCoupling(_Coupling):
             parameters for each transformed feature: [B, 2 * C, ...] (see ``layout``) or [B, C, 2, ...], or with 1 in
             place of a size other than C and 2.{arguments}
         parameters: ``"scale_shift"`` or ``"shift_scale"``: which of the two comes first.
-        activation, clamp, order: as for :func:`affine_coupling`.
+        activation, clamp, min_scale, max_scale, order: as for :func:`affine_coupling`.
         volume_preserving: log s less its mean over the transformed channels, at every position (GIN).
 
     Raises:
@@ -564,6 +564,8 @@ class AffineCoupling(_Coupling):
         parameters: str = "scale_shift",
         activation: str = "exp",
         clamp: float | None = None,
+        min_scale: float = 0.0,
+        max_scale: float | None = None,
         order: str = "scale_shift",
         volume_preserving: bool = False,
         save: str = "x",
@@ -575,6 +577,8 @@ class AffineCoupling(_Coupling):
         self.options = {
             "activation": _checks.choice(name, "activation", activation, activations),
             "clamp": clamp,
+            "min_scale": min_scale,
+            "max_scale": max_scale,
             "order": _checks.choice(name, "order", order, orders),
             "volume_preserving": _checks.flag(name, "volume_preserving", volume_preserving),
         }

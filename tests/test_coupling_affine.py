@@ -1,5 +1,6 @@
 """Affine and additive couplings against the reference in float64, the peers' own modules, and the rules of the page."""
 
+import functools
 import itertools
 import math
 
@@ -17,14 +18,26 @@ from pyperf_dl import additive_coupling, affine_coupling
 from pyperf_dl.reference import coupling as reference
 
 ops = torch.ops.pyperf_dl
-ACTIVATIONS = [a for a in reference.ACTIVATIONS if a != "none"]
+# activation, clamp, min_scale, max_scale
+SCALES = {a: (a, family.DEFAULT_CLAMPS.get(a, 0.0), 0.0, 0.0) for a in reference.ACTIVATIONS} | {
+    "sigmoid, floor": ("sigmoid", 0.0, 1e-3, 0.0),
+    "sigmoid, floor and limit": ("sigmoid", 0.0, 0.25, 0.75),
+    "softplus, floor": ("softplus", 0.0, 1e-3, 0.0),
+    "softplus, floor and limit": ("softplus", 0.0, 1e-3, 3.0),
+}
+NAMES = [name for name in SCALES if name != "none"]
+FLOORS = [name for name in SCALES if "floor" in name]
 BOTH = [False, True]
 ORDERS = ["scale_shift", "shift_scale"]
 INF = math.inf
 
 
-def clamp_of(activation):
-    return family.DEFAULT_CLAMPS.get(activation, 0.0)
+def arguments(name):
+    """Of the public functions."""
+    return {k: v or None for k, v in zip(("activation", "clamp"), SCALES[name], strict=False)} | {
+        "min_scale": SCALES[name][2],
+        "max_scale": SCALES[name][3] or None,
+    }
 
 
 def sample(shape, dtype=torch.float32, seed=0, spread=(1, 2, 1)):
@@ -66,8 +79,8 @@ def check_against_reference(tensors, statics, seed=0):
     assert y.shape == x.shape
     assert logdet.dtype == reference.logdet_dtype(x)
     assert logdet.shape == want_logdet.shape
-    inverse, activation, clamp, _shift_first, sample_dims = statics
-    e = (-1 if inverse else 1) * reference.log_scale(u.double(), activation, clamp)
+    inverse, *scale, _shift_first, sample_dims = statics
+    e = (-1 if inverse else 1) * reference.log_scale(u.double(), *scale)
     size = (x.double().abs() + t.double().abs()) * (1 + e.exp()) * (1 + e.abs())
     assert_near(y, want_y, size, 4)
     of_logs = e.abs().sum(tuple(range(sample_dims, x.dim()))) if 0 <= sample_dims < x.dim() else e.abs()
@@ -90,11 +103,10 @@ INFLATED = 8  # the largest slope of a log scale here
 
 
 def statics_of(draw):
-    activation = draw(st.sampled_from(reference.ACTIVATIONS))
-    clamp = clamp_of(activation)
+    activation, clamp, *floor = SCALES[draw(st.sampled_from(list(SCALES)))]
     if activation in ("exp", *family.DEFAULT_CLAMPS) and draw(st.booleans()):
         clamp = draw(st.sampled_from([0.1, 1.0, 3.5]))
-    return draw(st.booleans()), activation, clamp, draw(st.booleans())
+    return draw(st.booleans()), activation, clamp, *floor, draw(st.booleans())
 
 
 @st.composite
@@ -137,19 +149,21 @@ def test_operators_agree_with_the_reference(problem):
     check_against_reference(*problem)
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("name", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_log_scales_over_the_whole_range(activation, dtype):
+def test_log_scales_over_the_whole_range(name, dtype):
     """Of every magnitude of u, relative to the log scale; the scale itself where it is representable."""
     u = torch.cat([torch.logspace(-30, 4, 4001, dtype=torch.float64), torch.linspace(0, 12, 4001, dtype=torch.float64)])
     u = torch.cat([u, -u]).to(dtype)
-    clamp = clamp_of(activation)
-    y, logdet = ops.affine_coupling(torch.ones_like(u), u, torch.zeros_like(u), False, activation, clamp, False, -1)
-    want = reference.log_scale(u.double(), activation, clamp)
+    activation, _, min_scale, _ = scale = SCALES[name]
+    y, logdet = ops.affine_coupling(torch.ones_like(u), u, torch.zeros_like(u), False, *scale, False, -1)
+    want = reference.log_scale(u.double(), *scale)
     conditioned = want.abs() + torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
     if activation.startswith("sigmoid"):  # u + 2 is rounded
-        conditioned = conditioned + reference_slope(u, activation, clamp) * (u.double() + 2).abs()
-    if activation == "softplus":  # log s near s = 1
+        conditioned = conditioned + reference_slope(u, scale) * (u.double() + 2).abs()
+    if min_scale:  # which is rounded
+        conditioned = conditioned + min_scale / want.exp()
+    if activation == "softplus" or (min_scale and dtype == torch.float64):  # log s near s = 1, here or in the reference
         conditioned = conditioned + 1
     assert bool(((logdet.double() - want).abs() <= 4 * torch.finfo(dtype).eps * conditioned).all())
     fits = (want < math.log(torch.finfo(dtype).max) - 1) & (want > math.log(torch.finfo(dtype).smallest_normal) + 1)
@@ -163,22 +177,68 @@ def test_log_scales_over_the_whole_range(activation, dtype):
     assert torch.equal(y.isinf(), want > high) or bool((want[y.isinf() != (want > high)] - high).abs().max() < 1e-4)
 
 
-def reference_slope(u, activation, clamp):
+def reference_slope(u, scale):
     leaf = u.double().requires_grad_()
-    return torch.autograd.grad(reference.log_scale(leaf, activation, clamp).sum(), leaf)[0].abs()
+    return torch.autograd.grad(reference.log_scale(leaf, *scale).sum(), leaf)[0].abs()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+def exact_floored(mpmath, u, name):
+    """The scale, and its derivative."""
+    activation, _, min_scale, max_scale = SCALES[name]
+    v = u + 2 if activation == "sigmoid" else u
+    e = mpmath.exp(-abs(v))
+    share = e / (1 + e)
+    if activation == "sigmoid":
+        scale, by_u = share if v < 0 else 1 / (1 + e), share / (1 + e)
+    else:
+        scale, by_u = max(v, 0) + mpmath.log1p(e), share if v < 0 else 1 / (1 + e)
+    scale += mpmath.mpf(min_scale)
+    return (max_scale, 0) if max_scale and scale > max_scale else (scale, by_u)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floors(name, dtype):
+    """Where the scale is near 1 too, and with gradients for all u."""
+    mpmath = pytest.importorskip("mpmath")
+    sigmoid, min_scale = SCALES[name][0] == "sigmoid", SCALES[name][2]
+    u = torch.cat([torch.linspace(-9, 9, 201), (4.9 if sigmoid else 0.54) + torch.linspace(-0.05, 0.05, 201)])
+    u = torch.cat([u, torch.tensor([-1e30, -1e4, -90, -40, 40, 90, 1e4, 1e30])]).to(dtype)
+    zeros, ones = torch.zeros_like(u), torch.ones_like(u)
+    eps = torch.finfo(dtype).eps
+    for inverse, sign in ((False, 1), (True, -1)):
+        how = (inverse, *SCALES[name], False, -1)
+        y, logdet = ops.affine_coupling(ones, u, zeros, *how)
+        _, grads, _ = ops.affine_coupling_backward(zeros, ones, ones, u, zeros, *how)
+        with mpmath.workdps(60):
+            for v, *got in zip(*(t.tolist() for t in (u, y, logdet, grads)), strict=True):
+                scale, by_u = exact_floored(mpmath, mpmath.mpf(v), name)
+                log, slope = sign * mpmath.log(scale), sign * by_u / scale
+                of_inputs = (abs(v + 2) * abs(slope) if sigmoid else 1) + min_scale / scale  # which are rounded
+                assert abs(got[0] / mpmath.exp(log) - 1) <= 4 * eps
+                assert abs(got[1] - log) <= 2 * eps * (abs(log) + of_inputs)
+                assert abs(got[2] - slope) <= 8 * eps * abs(slope) + 1e-37
+
+
+def test_no_gradient_beyond_the_largest_scale():
+    how = {"activation": "softplus", "min_scale": 1.0, "max_scale": 3.0}
+    u = torch.tensor([[-50.0, 0.0, 1.8, 1.9, 2.0, 50.0, 1e30]], requires_grad=True)
+    y, logdet = affine_coupling(torch.ones_like(u), u, torch.zeros_like(u), **how)
+    torch.testing.assert_close(y[0, 3:], torch.full((4,), 3.0), rtol=1e-6, atol=0)
+    (grad_u,) = torch.autograd.grad(y.sum() + logdet.sum(), u)
+    assert (grad_u != 0).tolist() == [[True, True, True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_inverse_undoes_the_forward(activation, order):
+def test_inverse_undoes_the_forward(name, order):
     x, u, t = sample((200, 7), torch.float64)
-    y, logdet = affine_coupling(x, u, t, activation=activation, order=order)
-    back, of_inverse = affine_coupling(y, u, t, activation=activation, order=order, inverse=True)
+    how = arguments(name) | {"order": order}
+    y, logdet = affine_coupling(x, u, t, **how)
+    back, of_inverse = affine_coupling(y, u, t, **how, inverse=True)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-11)
     assert torch.equal(of_inverse, -logdet)
-    jacobian = vmap(
-        jacrev(lambda x, u, t: affine_coupling(x, u, t, activation=activation, order=order, sum_dims=())[0])
-    )
+    jacobian = vmap(jacrev(lambda x, u, t: affine_coupling(x, u, t, **how, sum_dims=())[0]))
     log = jacobian(x, u, t).diagonal(dim1=1, dim2=2).log().sum(1)
     torch.testing.assert_close(log, logdet)
 
@@ -188,8 +248,8 @@ def test_inverse_undoes_the_forward(activation, order):
 def test_sums_are_in_the_stated_order(size, dtype):
     """Units of 1024 elements; in a unit 16 sums in float64, added up as a tree; then the units."""
     x, u, t = sample((3, size), dtype)
-    total = ops.affine_coupling(x, u, t, False, "tanh", 2.0, False, 1)[1]
-    each = ops.affine_coupling(x, u, t, False, "tanh", 2.0, False, -1)[1].double()
+    total = ops.affine_coupling(x, u, t, False, "tanh", 2.0, 0.0, 0.0, False, 1)[1]
+    each = ops.affine_coupling(x, u, t, False, "tanh", 2.0, 0.0, 0.0, False, -1)[1].double()
 
     def tree(v):
         lanes = torch.nn.functional.pad(v, (0, -v.numel() % 16)).reshape(-1, 16)
@@ -239,9 +299,10 @@ def test_infinite_only_where_not_representable(x, u, t, order, inverse, want):
     assert torch.equal(logdet, torch.full((21,), -u if inverse else u))
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("name", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_finite_input_never_gives_nan(activation, dtype):
+def test_finite_input_never_gives_nan(name, dtype):
+    activation, _, *floor = SCALES[name]
     limits = torch.finfo(dtype)
     values = [0.0, -0.0, 1.0, -3.0, 100.0, -100.0, 1e4, -1e4, limits.max, -limits.max, limits.tiny, limits.tiny / 4]
     grid = torch.tensor(list(itertools.product(values, repeat=3)), dtype=dtype)
@@ -249,7 +310,7 @@ def test_finite_input_never_gives_nan(activation, dtype):
     for inverse, first, clamp in itertools.product(BOTH, BOTH, (0.0, 1e-3, 2.0, 1e4)):
         if clamp == 0 and activation in family.DEFAULT_CLAMPS:
             continue
-        how = (inverse, activation, clamp, first, -1)
+        how = (inverse, activation, clamp, *floor, first, -1)
         y, logdet = ops.affine_coupling(x, u, t, *how)
         assert not y.isnan().any()
         assert logdet.isfinite().all()
@@ -259,10 +320,10 @@ def test_finite_input_never_gives_nan(activation, dtype):
                 assert not of.isnan().any()
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_nan_and_infinity_stay_in_their_element(activation):
+@pytest.mark.parametrize("name", SCALES)
+def test_nan_and_infinity_stay_in_their_element(name):
     clean = sample((4, 37))
-    how = (False, activation, clamp_of(activation), False)
+    how = (False, *SCALES[name], False)
     want = ops.affine_coupling(*clean, *how, -1)
     for which, value in itertools.product(range(3), (math.nan, INF, -INF)):
         tensors = [t.clone() for t in clean]
@@ -271,7 +332,7 @@ def test_nan_and_infinity_stay_in_their_element(activation):
         other = torch.ones(4, 37, dtype=torch.bool)
         other[2, 5] = False
         assert_same([g[other] for g in got], [w[other] for w in want])
-        if math.isnan(value) and not (which == 1 and activation == "none"):
+        if math.isnan(value) and not (which == 1 and name == "none"):
             assert got[0][2, 5].isnan()
         total = ops.affine_coupling(*tensors, *how, 1)[1]
         assert torch.equal(total[[0, 1, 3]], ops.affine_coupling(*clean, *how, 1)[1][[0, 1, 3]])
@@ -303,11 +364,11 @@ def layouts():
 
 
 @pytest.mark.parametrize("case", list(layouts()), ids=lambda c: c[0])
-@pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_layouts(case, activation):
+@pytest.mark.parametrize("name", ["exp", "softplus", "sigmoid, floor and limit"])
+def test_layouts(case, name):
     """Any strides give what contiguous copies give: the same bits, sums too where y is walked alike."""
     _, *tensors = case
-    how = (True, activation, 0.0, False)
+    how = (True, *SCALES[name], False)
     dense = [t.contiguous() for t in tensors]
     for sample_dims in (-1, 1):
         got, want = (ops.affine_coupling(*t, *how, sample_dims) for t in (tensors, dense))
@@ -352,19 +413,19 @@ def test_sum_dims():
 # ---- volume preserving, additive ----
 
 
-@pytest.mark.parametrize("activation", ["exp", "atan", "softplus"])
+@pytest.mark.parametrize("name", ["exp", "atan", "softplus", "softplus, floor and limit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_volume_preserving(activation, dtype):
+def test_volume_preserving(name, dtype):
     x, u, t = sample((5, 4, 3), dtype)
-    how = {"activation": activation, "volume_preserving": True}
+    how = arguments(name) | {"volume_preserving": True}
     y, logdet = affine_coupling(x, u, t, **how)
     assert torch.equal(logdet, torch.zeros(5, dtype=dtype))
-    logs = reference.log_scale(u, activation, clamp_of(activation))
+    logs = reference.log_scale(u, *SCALES[name])
     logs = logs - logs.mean((1, 2), keepdim=True)
     torch.testing.assert_close(y, x * logs.exp() + t)
     torch.testing.assert_close(affine_coupling(y, u, t, inverse=True, **how)[0], x)
     channels, zero = affine_coupling(x, u, t, sum_dims=1, **how)
-    logs = reference.log_scale(u, activation, clamp_of(activation))
+    logs = reference.log_scale(u, *SCALES[name])
     torch.testing.assert_close(channels, x * (logs - logs.mean(1, keepdim=True)).exp() + t)
     assert zero.shape == (5, 3)
     each = affine_coupling(x, u, t, logdet="elementwise", **how)[1]
@@ -407,9 +468,9 @@ def test_saved_bytes():
 
 @pytest.mark.parametrize("inverse", BOTH)
 def test_nflows(inverse):
-    """Glow's scale is nflows' but for its 1e-3."""
+    """Shifts come first."""
     module = pytest.importorskip("nflows.transforms.coupling")
-    x, _u, t = sample((20, 5), torch.float64)
+    x, u, t = sample((20, 5), torch.float64)
     peer = module.AdditiveCouplingTransform
     layer = peer(torch.arange(10) % 2, lambda i, o: lambda z, c: t)
     call = layer._coupling_transform_inverse if inverse else layer._coupling_transform_forward
@@ -417,6 +478,10 @@ def test_nflows(inverse):
     got, ours = additive_coupling(x, t, inverse=inverse)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(ours, logdet)
+    layer = module.AffineCouplingTransform(torch.arange(10) % 2, lambda i, o: torch.nn.Identity())
+    call = layer._coupling_transform_inverse if inverse else layer._coupling_transform_forward
+    got = affine_coupling(x, u, t, inverse=inverse, activation="sigmoid", min_scale=1e-3)
+    torch.testing.assert_close(got, call(x, torch.cat([t, u], 1)))
 
 
 @pytest.mark.parametrize("inverse", BOTH)
@@ -530,8 +595,10 @@ def test_packed_gradients_keep_the_layout():
     """A permuted convolution output gets its gradient without a copy."""
     x, raw = torch.randn(2, 8, 4, 4), torch.randn(2, 2, 4, 4, 4)
     params = raw.movedim(1, -1)
-    y, logdet = ops.affine_coupling_packed(x, params, False, "exp", 0.0, False, False, [1, 4, 1], 1)
-    grads = ops.affine_coupling_packed_backward(y, logdet, x, params, False, "exp", 0.0, False, False, [1, 4, 1], 1)
+    y, logdet = ops.affine_coupling_packed(x, params, False, "exp", 0.0, 0.0, 0.0, False, False, [1, 4, 1], 1)
+    grads = ops.affine_coupling_packed_backward(
+        y, logdet, x, params, False, "exp", 0.0, 0.0, 0.0, False, False, [1, 4, 1], 1
+    )
     assert grads[1].stride() == params.stride()
 
 
@@ -589,7 +656,7 @@ def test_bad_packed_input(error, message, change):
     ],
 )
 def test_raw_packed_operators_are_memory_safe(message, params, split):
-    x, how = torch.zeros(4, 6), (False, "exp", 0.0, False, False)
+    x, how = torch.zeros(4, 6), (False, "exp", 0.0, 0.0, 0.0, False, False)
     with pytest.raises(RuntimeError, match=message):
         ops.affine_coupling_packed(x, params, *how, split, 1)
     with pytest.raises(RuntimeError, match=message):
@@ -599,12 +666,13 @@ def test_raw_packed_operators_are_memory_safe(message, params, split):
 # ---- derivatives and transforms ----
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("inverse", "order"), list(itertools.product(BOTH, ORDERS)))
-def test_gradcheck(activation, inverse, order):
+def test_gradcheck(name, inverse, order):
     leaves = [v.requires_grad_() for v in sample((2, 3), torch.float64)]
-    clamp = 1.7 if activation in ("exp", *family.DEFAULT_CLAMPS) else None
-    call = lambda *v: affine_coupling(*v, activation=activation, clamp=clamp, inverse=inverse, order=order)  # noqa: E731
+    clamp = {"clamp": 1.7} if name in ("exp", *family.DEFAULT_CLAMPS) else {}
+    how = arguments(name) | clamp | {"inverse": inverse, "order": order}
+    call = lambda *v: affine_coupling(*v, **how)  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(call, leaves)
 
@@ -632,12 +700,12 @@ def loss(f):
     return of
 
 
-def plain(x, u, t):
-    return reference.affine_coupling(x, u, t, False, "tanh", 2.0, False, min(1, x.dim()))
+def plain(x, u, t, name="tanh"):
+    return reference.affine_coupling(x, u, t, False, *SCALES[name], False, min(1, x.dim()))
 
 
-def ours(x, u, t):
-    return affine_coupling(x, u, t, activation="tanh")
+def ours(x, u, t, name="tanh"):
+    return affine_coupling(x, u, t, **arguments(name))
 
 
 def dual(f):
@@ -671,9 +739,11 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.parametrize("scale", ["tanh", "softplus, floor and limit"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms(name):
-    torch.testing.assert_close(TRANSFORMS[name](ours), TRANSFORMS[name](plain))
+def test_transforms(name, scale):
+    got, want = (TRANSFORMS[name](functools.partial(f, name=scale)) for f in (ours, plain))
+    torch.testing.assert_close(got, want)
 
 
 def packed(call):
@@ -688,7 +758,7 @@ def packed(call):
 
 def plain_packed(x, params):
     split = [x.dim() - 1, 3, 1]
-    return reference.affine_coupling_packed(x, params, False, "tanh", 2.0, False, False, split, x.dim() - 1)
+    return reference.affine_coupling_packed(x, params, False, "tanh", 2.0, 0.0, 0.0, False, False, split, x.dim() - 1)
 
 
 def our_packed(x, params):
@@ -705,7 +775,9 @@ def test_transforms_of_packed(name):
 
 def plain_packed_shift(x, params):
     split = [x.dim() - 1, 3, 1]
-    return reference.affine_coupling_packed(x, params[..., 1:], True, "none", 0.0, False, False, split, x.dim() - 1)
+    return reference.affine_coupling_packed(
+        x, params[..., 1:], True, "none", 0.0, 0.0, 0.0, False, False, split, x.dim() - 1
+    )
 
 
 def our_packed_shift(x, params):
@@ -728,7 +800,7 @@ def test_transforms_of_additive_channels(name):
 def test_transforms_of_additive(name):
     got = TRANSFORMS[name](lambda x, u, t: additive_coupling(x, t))
     want = TRANSFORMS[name](
-        lambda x, u, t: reference.affine_coupling(x, u, t, False, "none", 0.0, False, min(1, x.dim()))
+        lambda x, u, t: reference.affine_coupling(x, u, t, False, "none", 0.0, 0.0, 0.0, False, min(1, x.dim()))
     )
     flat = lambda tree: [v for v in torch.utils._pytree.tree_leaves(tree) if v is not None]  # noqa: E731
     if name == "dual tensors":  # no tangent is one of zeros
@@ -742,22 +814,27 @@ def operator_calls():
     halves = [torch.randn(4, 12)[:, 6:] for _ in range(3)]
     leaves = [v.clone().requires_grad_() for v in (x, u, t)]
     for tensors, sample_dims in itertools.product(((x, u, t), strided, halves, leaves), (-1, 1)):
-        statics = (sample_dims == 1, "softplus", 0.0, False, sample_dims)
+        statics = (
+            sample_dims == 1,
+            *SCALES["softplus, floor and limit" if tensors is leaves else "softplus"],
+            False,
+            sample_dims,
+        )
         yield family._coupling, (*tensors, *statics)
         grads = (torch.randn_like(tensors[0]), torch.randn_like(tensors[0] if sample_dims < 0 else tensors[0][:, 0]))
         yield family._backward, (*grads, *tensors, *statics)
     mixed = [v.bfloat16().requires_grad_() for v in (u, t)]
-    yield family._coupling, (x.float().requires_grad_(), *mixed, False, "exp", 1.0, True, 1)
-    yield family._coupling, (*leaves, True, "none", 0.0, False, 1)
+    yield family._coupling, (x.float().requires_grad_(), *mixed, False, "exp", 1.0, 0.0, 0.0, True, 1)
+    yield family._coupling, (*leaves, True, "none", 0.0, 0.0, 0.0, False, 1)
     params = torch.stack([u, t], 1).movedim(1, -1).requires_grad_()
     some = params[:, :3]
     for pair, split, sample_dims in ((params, None, 1), (some, [1, 3, 1], -1), (some.float(), [1, 1, 2], 1)):
         data = x.to(pair.dtype).requires_grad_()
-        statics = (True, "tanh", 2.0, True, False, split, sample_dims)
+        statics = (True, "tanh", 2.0, 0.0, 0.0, True, False, split, sample_dims)
         logdet = torch.randn(pair.shape[:sample_dims] if sample_dims > 0 else pair.shape[:-1], dtype=pair.dtype)
         yield family._packed, (data, pair, *statics)
         yield family._packed_backward, (torch.randn_like(data), logdet, data, pair, *statics)
-    yield family._packed, (leaves[0], some[..., :1], False, "none", 0.0, False, False, [1, 0, 1], 1)
+    yield family._packed, (leaves[0], some[..., :1], False, "none", 0.0, 0.0, 0.0, False, False, [1, 0, 1], 1)
 
 
 @pytest.mark.parametrize("n", range(25))
@@ -828,7 +905,7 @@ def test_autocast_leaves_dtypes_alone():
     with torch.autocast("cpu", torch.bfloat16):
         y, logdet = affine_coupling(x, u.bfloat16(), t.bfloat16())
     assert (y.dtype, logdet.dtype) == (torch.float32, torch.float32)
-    check_against_reference((x, u.bfloat16(), t.bfloat16()), (False, "exp", 0.0, False, 1))
+    check_against_reference((x, u.bfloat16(), t.bfloat16()), (False, "exp", 0.0, 0.0, 0.0, False, 1))
 
 
 # ---- determinism, memory ----
@@ -837,7 +914,7 @@ def test_autocast_leaves_dtypes_alone():
 @pytest.mark.parametrize("shape", [(3000, 6), (3, 70_001), (200_003,)])
 def test_determinism(shape):
     tensors = sample(shape)
-    how = (False, "softplus", 0.0, False, len(shape) - 1)
+    how = (False, "softplus", 0.0, 0.0, 0.0, False, len(shape) - 1)
     wants = None
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -873,6 +950,32 @@ BAD = [
         "clamp is for the activations 'exp', .*, got 1.0 with 'softplus'",
         {"clamp": 1.0, "activation": "softplus"},
     ),
+    (
+        ValueError,
+        "min_scale is for the activations 'sigmoid', 'softplus', got 0.001 with 'exp'",
+        {"min_scale": 1e-3},
+    ),
+    (ValueError, "min_scale is for .*, got 0.1 with 'sigmoid_inv'", {"min_scale": 0.1, "activation": "sigmoid_inv"}),
+    (ValueError, "max_scale must be above a min_scale > 0, got 3.0 with min_scale=0.0", {"max_scale": 3.0}),
+    *(
+        (error, message, {"activation": "softplus"} | change)
+        for error, message, change in (
+            (ValueError, "min_scale must be >= 0, got -0.001", {"min_scale": -1e-3}),
+            (ValueError, r"min_scale must be 0 or of a size in \[1e-30, 1e30\], got 1e-31", {"min_scale": 1e-31}),
+            (ValueError, "min_scale must be 0 or of a size in .*, got 1e[+]31", {"min_scale": 1e31}),
+            (ValueError, "min_scale must be finite, got nan", {"min_scale": math.nan}),
+            (TypeError, "min_scale must be a number, got None", {"min_scale": None}),
+            (ValueError, "max_scale must be above a min_scale > 0, got 3.0 with", {"max_scale": 3.0}),
+            (
+                ValueError,
+                "max_scale must be above .* got 0.5 with min_scale=0.5",
+                {"min_scale": 0.5, "max_scale": 0.5},
+            ),
+            (ValueError, "max_scale must be 0 or of a size in .*, got 1e[+]31", {"min_scale": 0.5, "max_scale": 1e31}),
+            (ValueError, "max_scale must be finite, got inf", {"min_scale": 0.5, "max_scale": math.inf}),
+            (TypeError, "max_scale must be a number, got a tensor", {"max_scale": torch.tensor(1.0)}),
+        )
+    ),
     (ValueError, "order must be one of 'scale_shift', 'shift_scale', got 'scale'", {"order": "scale"}),
     (ValueError, "logdet must be one of 'sum', 'elementwise', got 'mean'", {"logdet": "mean"}),
     (ValueError, r"sum_dims must be in \[-2, 1\] for a tensor with 2 dimensions, got 2", {"sum_dims": 2}),
@@ -896,14 +999,23 @@ def test_bad_input(error, message, change):
 @pytest.mark.parametrize(
     ("message", "args"),
     [
-        ("scale has a shape", (GOOD, GOOD[:2], GOOD, False, "exp", 0.0, False, 1)),
-        ("shift has a shape", (GOOD, GOOD, GOOD[0], False, "exp", 0.0, False, 1)),
-        ("one dtype", (GOOD, GOOD.half(), GOOD, False, "exp", 0.0, False, 1)),
-        ("must have the dtype of x", (GOOD.half(), GOOD, GOOD, False, "exp", 0.0, False, 1)),
-        ("float16, bfloat16, float32 or float64", (GOOD.long(), GOOD.long(), GOOD.long(), False, "exp", 0.0, False, 1)),
-        ("unknown activation relu", (GOOD, GOOD, GOOD, False, "relu", 0.0, False, 1)),
-        ("clamp must be > 0 for tanh", (GOOD, GOOD, GOOD, False, "tanh", 0.0, False, 1)),
-        (r"sample_dims must be in \[-1, 2\], got 3", (GOOD, GOOD, GOOD, False, "exp", 0.0, False, 3)),
+        ("scale has a shape", (GOOD, GOOD[:2], GOOD, False, "exp", 0.0, 0.0, 0.0, False, 1)),
+        ("shift has a shape", (GOOD, GOOD, GOOD[0], False, "exp", 0.0, 0.0, 0.0, False, 1)),
+        ("one dtype", (GOOD, GOOD.half(), GOOD, False, "exp", 0.0, 0.0, 0.0, False, 1)),
+        ("must have the dtype of x", (GOOD.half(), GOOD, GOOD, False, "exp", 0.0, 0.0, 0.0, False, 1)),
+        (
+            "float16, bfloat16, float32 or float64",
+            (GOOD.long(), GOOD.long(), GOOD.long(), False, "exp", 0.0, 0.0, 0.0, False, 1),
+        ),
+        ("unknown activation relu", (GOOD, GOOD, GOOD, False, "relu", 0.0, 0.0, 0.0, False, 1)),
+        ("clamp must be > 0 for tanh", (GOOD, GOOD, GOOD, False, "tanh", 0.0, 0.0, 0.0, False, 1)),
+        ("min_scale is for sigmoid and softplus, got exp", (GOOD, GOOD, GOOD, False, "exp", 0.0, 0.1, 0.0, False, 1)),
+        ("min_scale must be >= 0", (GOOD, GOOD, GOOD, False, "softplus", 0.0, -0.1, 0.0, False, 1)),
+        ("min_scale must be >= 0", (GOOD, GOOD, GOOD, False, "softplus", 0.0, math.nan, 0.0, False, 1)),
+        ("max_scale above a min_scale > 0", (GOOD, GOOD, GOOD, False, "softplus", 0.0, 0.0, 3.0, False, 1)),
+        ("max_scale above a min_scale > 0", (GOOD, GOOD, GOOD, False, "softplus", 0.0, 0.5, 0.5, False, 1)),
+        ("max_scale above a min_scale > 0", (GOOD, GOOD, GOOD, False, "softplus", 0.0, 0.5, math.nan, False, 1)),
+        (r"sample_dims must be in \[-1, 2\], got 3", (GOOD, GOOD, GOOD, False, "exp", 0.0, 0.0, 0.0, False, 3)),
     ],
 )
 def test_raw_operators_are_memory_safe(message, args):
@@ -911,7 +1023,7 @@ def test_raw_operators_are_memory_safe(message, args):
         ops.affine_coupling(*args)
     with pytest.raises(RuntimeError, match=message):
         ops.affine_coupling_backward(args[0], torch.zeros(4), *args)
-    good = (GOOD, GOOD, GOOD, False, "exp", 0.0, False, 1)
+    good = (GOOD, GOOD, GOOD, False, "exp", 0.0, 0.0, 0.0, False, 1)
     for grads in (
         (GOOD[:1], torch.zeros(4)),
         (GOOD, torch.zeros(3)),

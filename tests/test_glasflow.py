@@ -1,5 +1,6 @@
 """pyperf_dl.integrations.glasflow beside glasflow itself."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from peer_flows import (
 
 pytest.importorskip("glasflow", reason="glasflow is not installed")
 from glasflow import CouplingNSF, RealNVP
+from glasflow.flows.autoregressive import MaskedAffineAutoregressiveFlow
 from glasflow.nflows.transforms import autoregressive, coupling, splines
 from glasflow.nflows.transforms.base import InputOutsideDomain
 
@@ -46,14 +48,19 @@ FLOWS = {
     "NICE": lambda: RealNVP(4, 2, n_neurons=16, volume_preserving=True),
     "RealNVP log2": lambda: RealNVP(4, 2, n_neurons=16, scale_activation="log2"),
     "RealNVP log1.5": lambda: RealNVP(4, 2, n_neurons=16, scale_activation="log1.5"),
+    "RealNVP": lambda: RealNVP(4, 2, n_neurons=16),
+    "RealNVP nflows": lambda: RealNVP(4, 2, n_neurons=16, scale_activation="nflows"),
     "autoregressive": autoregressive_flow,
+    "affine autoregressive": lambda: MaskedAffineAutoregressiveFlow(4, 1, n_neurons=16),
+    "affine autoregressive, wide": lambda: MaskedAffineAutoregressiveFlow(4, 1, scale_activation="wide"),
+    "affine autoregressive, log2": lambda: MaskedAffineAutoregressiveFlow(4, 1, scale_activation="log2"),
 }
 
 
 def make(name):
     torch.manual_seed(0)
     flow = spread(FLOWS[name](), 0.2)
-    return flow.eval(), 1 if name == "autoregressive" else 2
+    return flow.eval(), 1 if "autoregressive" in name else 2
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -81,7 +88,7 @@ def test_samples(name):
 
     truth, theirs, ours = three_runs(run, flow, glasflow, noise)
     assert_flow_as_accurate(truth, theirs, ours)
-    assert glasflow.report() == (calls * (4 if name == "autoregressive" else 1), {})
+    assert glasflow.report() == (calls * (4 if "autoregressive" in name else 1), {})
     for on in (False, True):
         torch.manual_seed(1)
         with glasflow.enable() if on else torch.no_grad():
@@ -125,12 +132,12 @@ def test_the_inverse_never_fails():
 def test_nothing_is_read_from_the_device():
     x = torch.empty(5, 4, device="meta")
     with glasflow.enable():
-        for name in ("NSF", "NICE", "RealNVP log2", "autoregressive"):
+        for name in ("NSF", "NICE", "RealNVP", "RealNVP log2", "autoregressive", "affine autoregressive"):
             assert make(name)[0].to("meta")._transform(x)[1].shape == (5,)
-    assert glasflow.report() == (7, {})
+    assert glasflow.report() == (10, {})
 
 
-@pytest.mark.parametrize("name", ["NSF", "RealNVP log2"])
+@pytest.mark.parametrize("name", ["NSF", "RealNVP", "RealNVP log2", "affine autoregressive"])
 def test_compiles_whole(name):
     assert_compiles_whole(make(name)[0]._transform, glasflow, torch.randn(6, 4), rtol=1e-4, atol=1e-4)
 
@@ -154,8 +161,9 @@ def couple(kind, activation, dtype=torch.float32, parameters=2):
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda: make("NSF")[0] and RealNVP(2, 1).eval().log_prob(torch.ones(3, 2)) * 0, "scale with a floor"),
-        (lambda: couple(coupling.AffineCouplingTransform, torch.exp), "scale with a floor"),
+        (lambda: couple(coupling.AffineCouplingTransform, torch.exp), "scale activation"),
+        (lambda: couple(coupling.AffineCouplingTransform, lambda u: torch.sigmoid(u + 2) + 1e-3), "scale activation"),
+        (lambda: couple(coupling.AffineCouplingTransform, functools.partial(torch.pow, 2)), "scale activation"),
         (lambda: couple(Own, torch.exp), "subclass"),
         (lambda: couple(coupling.AffineCouplingTransform, log(2), torch.float64), "dtype"),
         (lambda: couple(coupling.AffineCouplingTransform, log(2), parameters=3), "shape"),
@@ -164,6 +172,29 @@ def couple(kind, activation, dtype=torch.float32, parameters=2):
 )
 def test_falls_back(call, why):
     assert_same(call, glasflow, 0, **{why.replace(" ", "_"): 1})
+
+
+def test_every_named_scale():
+    from glasflow.transforms.utils import SCALE_ACTIVATIONS, get_scale_activation
+
+    kind = coupling.AffineCouplingTransform
+    activations = {name: get_scale_activation(name) for name in (*SCALE_ACTIVATIONS, "log4", "log0.5")}
+    activations |= {"default": kind.DEFAULT_SCALE_ACTIVATION, "general": kind.GENERAL_SCALE_ACTIVATION}
+    x, params = torch.randn(500, 1), 4 * torch.randn(500, 2)
+    for n, (name, activation) in enumerate(activations.items(), 1):
+        want = layer(kind, activation)._coupling_transform_forward(x, params)
+        with glasflow.enable():
+            got = layer(kind, activation)._coupling_transform_forward(x, params)
+        torch.testing.assert_close(got, want, msg=name)
+        assert glasflow.report() == (n, {})
+
+
+def test_a_name_with_another_function(monkeypatch):
+    from glasflow.transforms import utils
+
+    monkeypatch.setitem(utils.SCALE_ACTIVATIONS, "wide", lambda u: torch.exp(u))
+    call = lambda: couple(coupling.AffineCouplingTransform, utils.get_scale_activation("wide"))  # noqa: E731
+    assert_same(call, glasflow, 0, scale_activation=1)
 
 
 def log(n):

@@ -90,6 +90,17 @@ FLOWS = {
         lambda: flow(lambda: coupling.AdditiveCouplingTransform([1, 0, 1, 0], net), spline_coupling),
         2,
     ),
+    "affine": (
+        lambda: flow(
+            lambda: coupling.AffineCouplingTransform([1, 0, 1, 0], net),
+            lambda: coupling.AffineCouplingTransform([0, 1, 1, 1], net),
+        ),
+        2,
+    ),
+    "affine autoregressive": (
+        lambda: flow(*2 * [lambda: autoregressive.MaskedAffineAutoregressiveTransform(4, 16)]),
+        2,
+    ),
 }
 
 
@@ -134,6 +145,16 @@ def test_images():
         run = density_and_gradients(lambda model, x, d=direction.__name__: sum(t.sum() for t in getattr(model, d)(x)))
         truth, theirs, ours = three_runs(run, layer, nflows, x)
         assert_flow_as_accurate(truth, theirs, ours, ["gradient of x", "gradients of parameters"])
+    assert nflows.report() == (2, {})
+
+
+def test_affine_images():
+    torch.manual_seed(0)
+    layer = spread(coupling.AffineCouplingTransform([1, 0, 1], lambda i, o: ConvResidualNet(i, o, 8)))
+    x = torch.randn(8, 3, 6, 5)
+    for direction in ("forward", "inverse"):
+        run = density_and_gradients(lambda model, x, d=direction: getattr(model, d)(x)[1])
+        assert_flow_as_accurate(*three_runs(run, layer, nflows, x))
     assert nflows.report() == (2, {})
 
 
@@ -207,7 +228,13 @@ def test_outside_the_domain():
 
 
 def test_nothing_is_read_from_the_device():
-    model, x = flow(spline_coupling, spline_autoregressive).to("meta"), torch.empty(5, 4, device="meta")
+    layers = (
+        spline_coupling,
+        spline_autoregressive,
+        lambda: coupling.AffineCouplingTransform([1, 0, 1, 0], net),
+        lambda: autoregressive.MaskedAffineAutoregressiveTransform(4, 16),
+    )
+    model, x = flow(*layers).to("meta"), torch.empty(5, 4, device="meta")
     with pytest.raises(RuntimeError):  # nflows' own code does read
         model.log_prob(x)
     with nflows.enable():
@@ -236,6 +263,18 @@ class Own(coupling.AdditiveCouplingTransform):
         return torch.full_like(transform_params, 2.0), transform_params
 
 
+class OwnAutoregressive(autoregressive.MaskedAffineAutoregressiveTransform):
+    def _unconstrained_scale_and_shift(self, autoregressive_params):
+        return autoregressive_params.chunk(2, 1)
+
+
+def masked_affine(kind=autoregressive.MaskedAffineAutoregressiveTransform, epsilon=1e-3, **params):
+    layer = kind(2, 4)
+    layer._epsilon = epsilon
+    params = {"dtype": torch.float32, "size": (3, 4)} | params
+    return layer._elementwise_forward(torch.ones(3, 2), torch.ones(**params))
+
+
 @pytest.mark.parametrize(
     ("call", "why"),
     [
@@ -253,12 +292,12 @@ class Own(coupling.AdditiveCouplingTransform):
         (lambda: unconstrained(bins=257, derivatives=256), "number of bins"),
         (lambda: splines.rational_quadratic_spline(*(torch.rand(5, k) for k in (5, 4, 4, 5))), "shape"),
         (lambda: splines.rational_quadratic_spline(torch.rand(5), *3 * [torch.rand(5, 4)]), "number of derivatives"),
-        (lambda: coupling.AffineCouplingTransform([1, 0], net)(torch.ones(2, 2))[0] * 0, "scale with a floor"),
-        (lambda: Own([1, 0], net)(torch.ones(2, 2))[0] * 0, "scale with a floor"),
-        (
-            lambda: autoregressive.MaskedAffineAutoregressiveTransform(2, 4)(torch.ones(2, 2))[0] * 0,
-            "scale with a floor",
-        ),
+        (lambda: Own([1, 0], net)(torch.ones(2, 2))[0] * 0, "subclass"),
+        (lambda: masked_affine(OwnAutoregressive), "subclass"),
+        (lambda: masked_affine(epsilon=0.0), "arguments"),
+        (lambda: masked_affine(epsilon=torch.tensor(0.1)), "arguments"),
+        (lambda: masked_affine(size=(2, 6)), "shape"),
+        (lambda: masked_affine(dtype=torch.float64), "dtype"),
     ],
 )
 def test_falls_back(call, why):
@@ -385,8 +424,9 @@ def test_other_versions(monkeypatch):
 # ---- compilers and transforms ----
 
 
-def test_compiles_whole():
-    model = flow(spline_coupling, spline_coupling)._transform
+@pytest.mark.parametrize("name", ["coupling", "affine", "affine autoregressive"])
+def test_compiles_whole(name):
+    model = FLOWS[name][0]()._transform
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_compiles_whole(model, nflows, torch.randn(6, 4), rtol=1e-4, atol=1e-4)

@@ -326,7 +326,7 @@ def test_positions_in_64_bits(launcher, monkeypatch):
     monkeypatch.setattr(launcher, "_launch", lambda *args, **options: launch(*args, **{**options, "NARROW": False}))
     x, packed = layouts()["transposed"]
     check_spline(launcher, x, (packed, 5), spline_statics(sample_dims=1))
-    check_affine(launcher, (x, packed[..., 0], packed[..., 1]), (False, "exp", 0.0, False, -1))
+    check_affine(launcher, (x, packed[..., 0], packed[..., 1]), (False, "exp", 0.0, 0.0, 0.0, False, -1))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -352,15 +352,15 @@ def test_random_geometry(launcher, monkeypatch, seed):
         assert_within(a, b, 1e-10 * (1 + b.abs().amax()) if b.numel() else 0)
     scale, shift = strided(*shape, seed=seed + 2), strided(*shape, seed=seed + 3)
     activation = choose.choice(reference.ACTIVATIONS)
-    how = (kind[1], activation, 1.5, choose.random() < 0.5, statics[-2])
+    how = (kind[1], activation, 1.5, 0.0, 0.0, choose.random() < 0.5, statics[-2])
     check_affine(launcher, (x, scale, shift), how)
 
 
 # ---- affine couplings ----
 
 
-def affine_in_torch(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
-    size = reference.log_scale(scale, activation, clamp)
+def affine_in_torch(x, scale, shift, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims):
+    size = reference.log_scale(scale, activation, clamp, min_scale, max_scale)
     if inverse:
         y = x * (-size).exp() - shift if shift_first else (x - shift) * (-size).exp()
     else:
@@ -396,32 +396,46 @@ def check_affine(launcher, tensors, how):
 
 
 CLAMPS = {"tanh": 2.0, "atan": 1.9, "softclip": 6.9}
+SCALES = {a: (a, CLAMPS.get(a, 0.0), 0.0, 0.0) for a in reference.ACTIVATIONS} | {
+    "sigmoid, floor": ("sigmoid", 0.0, 1e-3, 0.0),
+    "sigmoid, floor and limit": ("sigmoid", 0.0, 0.25, 0.75),
+    "softplus, floor": ("softplus", 0.0, 1e-3, 0.0),
+    "softplus, floor and limit": ("softplus", 0.0, 1e-3, 3.0),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_affine(launcher, activation, dtype):
+@pytest.mark.parametrize("name", SCALES)
+def test_affine(launcher, name, dtype):
     tensors = [numbers(5, 3, 7, seed=i, dtype=dtype, size=size) for i, size in enumerate((2.0, 2.5, 1.0))]
     if dtype == torch.bfloat16:
         tensors[0] = tensors[0].float()  # as under autocast
     for inverse, shift_first in itertools.product((False, True), repeat=2):
-        how = (inverse, activation, CLAMPS.get(activation, 0.0), shift_first, 1 if inverse == shift_first else -1)
+        how = (inverse, *SCALES[name], shift_first, 1 if inverse == shift_first else -1)
         check_affine(launcher, tensors, how)
 
 
 def test_clamped_exp(launcher):
     tensors = [numbers(4, 9, seed=i, dtype=torch.float64, size=2.0) for i in range(3)]
-    check_affine(launcher, tensors, (False, "exp", 1.25, False, 1))
+    check_affine(launcher, tensors, (False, "exp", 1.25, 0.0, 0.0, False, 1))
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_huge_scales(launcher, activation):
+def test_floors_near_a_scale_of_1(launcher):
+    """Sigmoids have logarithms that are known to more than an ulp of 1."""
+    u = torch.linspace(4.8, 5.0, 101)
+    _, logdet = launcher.affine_coupling(*on_device((u, u, u)), False, *SCALES["sigmoid, floor"], False, -1)
+    wanted = reference.log_scale(u.double(), *SCALES["sigmoid, floor"])
+    assert_within(logdet, wanted, 0.02 * ULP[torch.float32] * torch.ones(101))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_huge_scales(launcher, name):
     """Infinite only where the exact value does not fit, and NaN only where something is NaN."""
     u = torch.tensor([-1e4, -300.0, -100.0, -90.0, -1e-30, 0.0, 1e-30, 90.0, 100.0, 300.0, 1e4])
     x = torch.tensor([0.0, 1e-30, -1e-20, 1.0, 1e30])[:, None].expand(5, 11)
     u = u.expand(5, 11)
     for inverse in (False, True):
-        how = (inverse, activation, CLAMPS.get(activation, 0.0), False, -1)
+        how = (inverse, *SCALES[name], False, -1)
         y, logdet = launcher.affine_coupling(*on_device((x, u, torch.zeros_like(u))), *how)
         size = logdet.double().cpu()
         assert size.isfinite().all()
@@ -436,10 +450,10 @@ def test_huge_scales(launcher, activation):
 
 
 def test_nan_stays_in_its_element_of_affine_couplings(launcher):
-    for activation in reference.ACTIVATIONS[1:]:
+    for how in list(SCALES.values())[1:]:
         x, scale, shift = (numbers(1, 20, seed=i) for i in range(3))
         x[0, 3] = scale[0, 9] = shift[0, 15] = torch.nan
-        y, logdet = launcher.affine_coupling(*on_device((x, scale, shift)), False, activation, 1.0, False, -1)
+        y, logdet = launcher.affine_coupling(*on_device((x, scale, shift)), False, *how, False, -1)
         assert y[0].isnan().nonzero().flatten().tolist() == [3, 9, 15]
         assert logdet[0].isnan().nonzero().flatten().tolist() == [9]
 
@@ -465,7 +479,7 @@ def test_packed_splines_of_some_channels_and_shared_parameters(launcher, split, 
 @pytest.mark.parametrize("split", [None, [1, 2, 1], [1, 0, 2]], ids=str)
 def test_packed_affine(launcher, split):
     x, params = torch.randn(3, 5), torch.randn(3, 3 if split else 5, 2)
-    how = (False, "tanh", 2.0, False, True, split, 1)
+    how = (False, "tanh", 2.0, 0.0, 0.0, False, True, split, 1)
     got = launcher.affine_coupling_packed(*on_device((x, params)), *how)
     want = reference.affine_coupling_packed(x, params, *how)
     torch.testing.assert_close([t.cpu() for t in got], list(want))
@@ -484,8 +498,8 @@ def test_affine_layouts(small_programs, launcher):
     for (scale, shift), base in itertools.product(pairs, bases):
         tensors = base, scale[..., : base.shape[-1]], shift[..., : base.shape[-1]]
         for sample_dims in (0, 1, 4):
-            check_affine(launcher, tensors, (sample_dims == 1, "sigmoid", 0.0, False, sample_dims))
-        y, _ = launcher.affine_coupling(*on_device(tensors), False, "exp", 0.0, True, 1)
+            check_affine(launcher, tensors, (sample_dims == 1, "sigmoid", 0.0, 0.0, 0.0, False, sample_dims))
+        y, _ = launcher.affine_coupling(*on_device(tensors), False, "exp", 0.0, 0.0, 0.0, True, 1)
         assert y.stride() == expected_layout(base)
 
 
@@ -538,7 +552,7 @@ PARTS_CALL = {"x": X, "bound": None, "mask": None} | dict(
     zip(("widths", "heights", "derivatives"), PACKED.split((5, 5, 4), -1), strict=True)
 )
 AFFINE_CALL = {"x": X, "scale": X, "shift": X, "inverse": False, "activation": "exp", "clamp": 0.0}
-AFFINE_CALL |= {"shift_first": False, "sample_dims": 1}
+AFFINE_CALL |= {"min_scale": 0.0, "max_scale": 0.0, "shift_first": False, "sample_dims": 1}
 GRADS = {"grad_y": X, "grad_logdet": SUMS}
 NAMES = ("inverse", "tails", "parametrization", "box", "smallest", "logit_scale", "curve", "sample_dims", "exact")
 STATICS = dict(zip(NAMES, spline_statics(sample_dims=1), strict=True))
@@ -562,6 +576,11 @@ BAD = {  # by operator: the rule, and what breaks it
         ("clamp must be > 0 for tanh, got 0", {"activation": "tanh"}),
         ("clamp must be > 0 for exp, got -1", {"clamp": -1.0}),
         ("clamp must be > 0 for exp, got nan", {"clamp": float("nan")}),
+        ("activation with a min_scale must be one of sigmoid, softplus, got exp", {"min_scale": 0.1}),
+        ("min_scale must be >= 0, and max_scale above a min_scale > 0, or 0, got .-0.1, 0", {"min_scale": -0.1}),
+        ("min_scale must be >= 0, .*, got .nan, 0", {"min_scale": float("nan"), "activation": "softplus"}),
+        ("min_scale must be >= 0, .*, got .0.0, 3", {"max_scale": 3.0, "activation": "softplus"}),
+        ("min_scale must be >= 0, .*, got .0.1, nan", {"min_scale": 0.1, "max_scale": float("nan")}),
         (r"sample_dims must be in \[-1, 2\], got 3", {"sample_dims": 3}),
         (r"sample_dims must be in \[-1, 2\], got -2", {"sample_dims": -2}),
     ],
@@ -636,7 +655,7 @@ def test_parts_of_large_samples_are_added_in_float64(launcher, monkeypatch):
     monkeypatch.setattr(launcher, "ELEMENTS", 4)
     parts = numbers(8, 40)
     (x,) = on_device((parts.repeat_interleave(4, 1) / 4,))
-    _, logdet = launcher.affine_coupling(x, x, x, False, "exp", 0.0, False, 1)
+    _, logdet = launcher.affine_coupling(x, x, x, False, "exp", 0.0, 0.0, 0.0, False, 1)
     assert torch.equal(logdet.cpu(), parts.double().sum(1).float())
 
 
@@ -730,9 +749,9 @@ def _compile_for(target):
         given = x.double() if dtype == torch.float64 else x
         y, logdet = launcher.rational_quadratic_spline_packed(given, packed, None, None, bins, None, *statics)
         launcher.rational_quadratic_spline_packed_backward(y, logdet, given, packed, None, None, bins, None, *statics)
-    for i, activation in enumerate(reference.ACTIVATIONS):
+    for i, scale in enumerate(SCALES.values()):
         given = x.to((torch.float16, torch.float32, torch.float64)[i % 3])
-        how = (i % 2 == 0, activation, 1.0, i % 4 < 2, i % 4 - 1)
+        how = (i % 2 == 0, *scale, i % 4 < 2, i % 4 - 1)
         y, logdet = launcher.affine_coupling(given, given, given, *how)
         launcher.affine_coupling_backward(y, logdet, given, given, given, *how)
 

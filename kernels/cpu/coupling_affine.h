@@ -284,6 +284,8 @@ AffinePass<Operands<R>> affine_pass_of(const coupling::Affine& how) {
     case Activation::softplus: return of(std::integral_constant<Activation, Activation::softplus>());
     case Activation::tanh: return of(std::integral_constant<Activation, Activation::tanh>());
     case Activation::atan: return of(std::integral_constant<Activation, Activation::atan>());
+    case Activation::sigmoid_floor: return of(std::integral_constant<Activation, Activation::sigmoid_floor>());
+    case Activation::softplus_floor: return of(std::integral_constant<Activation, Activation::softplus_floor>());
     default: return of(std::integral_constant<Activation, Activation::softclip>());
   }
 }

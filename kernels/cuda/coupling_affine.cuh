@@ -106,6 +106,10 @@ PYPERF_DEVICE void scale_of(const Affine& how, const math::AffineConstants<R>& c
     case Activation::tanh: return math::scale_of<M, Activation::tanh>(c, u, logdet, factor, exponent, slope);
     case Activation::atan: return math::scale_of<M, Activation::atan>(c, u, logdet, factor, exponent, slope);
     case Activation::softclip: return math::scale_of<M, Activation::softclip>(c, u, logdet, factor, exponent, slope);
+    case Activation::sigmoid_floor:
+      return math::scale_of<M, Activation::sigmoid_floor>(c, u, logdet, factor, exponent, slope);
+    case Activation::softplus_floor:
+      return math::scale_of<M, Activation::softplus_floor>(c, u, logdet, factor, exponent, slope);
   }
 }
 

@@ -77,10 +77,14 @@ PYPERF_HD Value<M> atan_of_positive(Value<M> x) {
 // Numbers of coupling::Affine in the precision of the arithmetic.
 template <class R>
 struct AffineConstants {
-  R scale_sign, shift_sign, clamp;
+  R scale_sign, shift_sign, clamp, min_scale, max_scale;
 
   PYPERF_HD explicit AffineConstants(const coupling::Affine& how)
-      : scale_sign(R(how.scale_sign)), shift_sign(R(how.shift_sign)), clamp(R(how.clamp)) {}
+      : scale_sign(R(how.scale_sign)),
+        shift_sign(R(how.shift_sign)),
+        clamp(R(how.clamp)),
+        min_scale(R(how.min_scale)),
+        max_scale(R(how.max_scale)) {}
 };
 
 // logdet = sign * log_scale(u); exp of it is factor * 2^exponent; slope is its derivative.
@@ -90,12 +94,14 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
   using R = typename M::R;
   using F = AffineFormat<R>;
   using coupling::Activation;
+  constexpr bool kFloor = kActivation == Activation::sigmoid_floor || kActivation == Activation::softplus_floor;
+  constexpr bool kSigmoid = kActivation == Activation::sigmoid || kActivation == Activation::sigmoid_floor;
   const auto zero = M::of(R(0)), one = M::of(R(1)), sign = M::of(c.scale_sign);
   if constexpr (kActivation == Activation::none) {
     logdet = zero, factor = one, exponent = zero, slope = zero;
-  } else if constexpr (kActivation == Activation::sigmoid || kActivation == Activation::softplus) {
+  } else if constexpr (kSigmoid || kActivation == Activation::softplus || kFloor) {
     // The scale itself, for its logarithm has lost digits of it where it is large.
-    const auto v = kActivation == Activation::sigmoid ? u + R(2) : u;
+    const auto v = kSigmoid ? u + R(2) : u;
     const auto negative = M::less(v, zero);
     Value<M> n;
     const auto power = exp_parts<M>(clamp<M>(-abs<M>(v), M::of(-F::kLargestLog), zero), n) + R(1);
@@ -109,6 +115,21 @@ PYPERF_HD void scale_of(AffineConstants<typename M::R> c, Value<M> u, Value<M>& 
       factor = M::select(negative, power, one);  // of the scale e / (1 + e) or 1 / (1 + e)
       factor = upwards ? factor * reciprocal : (e + R(1)) / factor;
       exponent = sign * M::select(negative, n, zero);
+    } else if constexpr (kFloor) {
+      // The scale is base + part; near 1, its logarithm needs what that sum rounds off.
+      const auto least = M::of(c.min_scale), most = M::of(c.max_scale), share = e * reciprocal;
+      const auto base = kSigmoid ? M::select(negative, zero, one) : M::larger(v, zero);
+      const auto part = (kSigmoid ? M::select(negative, share, -share) : log1p) + least;
+      const auto scale_by_u = kSigmoid ? share * reciprocal : M::select(negative, share, reciprocal);
+      const auto sum = base + part;
+      const auto within = M::at_least(most, sum);
+      const auto scale = M::smaller(most, sum), inverse = R(1) / scale;
+      const auto rest = M::select(within, part - (sum - base), zero);
+      const auto log = M::fma(rest, inverse, log_of_normal<M>(scale, zero));
+      logdet = sign * M::select(M::less(scale, M::of(R(HUGE_VAL))), log, scale);
+      slope = sign * M::select(within, scale_by_u * inverse, zero);
+      factor = upwards ? scale : inverse;
+      exponent = zero;
     } else {
       const auto tiny = M::less(v, M::of(F::kFlatSoftplus));  // softplus(v) = e there
       const auto scale = M::larger(v, zero) + log1p;

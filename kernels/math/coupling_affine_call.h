@@ -8,7 +8,7 @@
 
 namespace pyperf::coupling {
 
-enum class Activation : int { none, exp, sigmoid, softplus, tanh, atan, softclip };
+enum class Activation : int { none, exp, sigmoid, softplus, tanh, atan, softclip, sigmoid_floor, softplus_floor };
 
 // y = x * e + shift_sign * shift, or (x + shift_sign * shift) * e where the shift comes before;
 // log e = scale_sign * log_scale(u), which is the log-det.
@@ -16,7 +16,8 @@ struct Affine {
   Activation activation;
   bool shift_before;
   double scale_sign, shift_sign;
-  double clamp;  // infinity where the activation has none
+  double clamp;                 // infinity where the activation has none
+  double min_scale, max_scale;  // of sigmoid_floor and softplus_floor; infinity for no largest one
 };
 
 // Operands of a call; the one that decides the order in memory comes last.

@@ -157,7 +157,27 @@ def _softclip(u, bound):
 
 
 @triton.jit
-def _log_scale(u, clamp, ACTIVATION: tl.constexpr):
+def _log_of_floored(u, least, most, SIGMOID: tl.constexpr):
+    """Logarithm of a scale with a floor, and its derivative by u."""
+    v = u + 2.0 if SIGMOID else u
+    e = _exp(-tl.abs(v))
+    share = e / (1.0 + e)
+    if SIGMOID:
+        part = least + tl.where(v < 0, share, -share)
+        scale = tl.where(v < 0, part, 1.0 + part)
+        by_u = share / (1.0 + e)
+        near = (v >= 0) & (part <= 1.0)  # there the logarithm comes from how far the scale is from 1
+        part = tl.where(near, part, 0.0)
+        size = tl.where(near, part * _log1p_ratio(part), tl.log(scale))
+    else:
+        scale = tl.where(v > 0, v, 0.0) + (e * _log1p_ratio(e) + least)
+        by_u = tl.where(v < 0, share, 1.0 / (1.0 + e))
+        size = tl.log(scale)
+    return tl.where(scale > most, tl.log(most), size), tl.where(scale > most, 0.0, by_u / scale)
+
+
+@triton.jit
+def _log_scale(u, clamp, least, most, ACTIVATION: tl.constexpr):
     """Logarithm of the scale, and its derivative by u."""
     if ACTIVATION == "none":
         return tl.zeros_like(u), tl.zeros_like(u)
@@ -177,6 +197,8 @@ def _log_scale(u, clamp, ACTIVATION: tl.constexpr):
         ratio = _log1p_ratio(e)
         of = tl.where(u < 0, ratio, u + e * ratio)
         return tl.where(u < 0, u, 0.0) + tl.log(of), 1.0 / ((1.0 + e) * of)
+    elif ACTIVATION == "sigmoid_floor" or ACTIVATION == "softplus_floor":
+        return _log_of_floored(u, least, most, ACTIVATION == "sigmoid_floor")
     else:  # sigmoid, sigmoid_inv
         v = u + 2.0
         e = _exp(-tl.abs(v))
@@ -211,6 +233,8 @@ def affine(
     sample_size,
     blocks,
     clamp: tl.float64,
+    min_scale: tl.float64,
+    max_scale: tl.float64,
     INVERSE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SHIFT_FIRST: tl.constexpr,
@@ -224,7 +248,8 @@ def affine(
     at, exists = _positions(samples, sample_size, blocks, SUMMED, SEGMENTS, LANES)
     u = _load(scale, at, exists, sizes, scale_strides, NARROW, WORK)
     move = _load(shift, at, exists, sizes, shift_strides, NARROW, WORK)
-    size, size_by_u = _log_scale(u, tl.full((), clamp, WORK), ACTIVATION)
+    least, most = tl.full((), min_scale, WORK), tl.full((), max_scale, WORK)
+    size, size_by_u = _log_scale(u, tl.full((), clamp, WORK), least, most, ACTIVATION)
     if INVERSE:
         size, size_by_u, move = -size, -size_by_u, -move
     # An inverse takes the two steps in the other order.

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyperf_dl._coupling_affine import DEFAULT_CLAMPS
+from pyperf_dl._coupling_affine import DEFAULT_CLAMPS, FLOORED
 from pyperf_dl._coupling_spline import DTYPES, HALF_DTYPES, _like
 from pyperf_dl._triton import coupling as kernels
 from pyperf_dl.reference import coupling as reference
@@ -275,6 +275,8 @@ def _affine(
     inverse: bool,
     activation: str,
     clamp: float,
+    min_scale: float,
+    max_scale: float,
     first: bool,
     sample_dims: int,
 ) -> _Kernel:
@@ -284,25 +286,29 @@ def _affine(
     _check_choice("activation", activation, reference.ACTIVATIONS)
     if not clamp >= 0 or (clamp == 0 and activation in DEFAULT_CLAMPS):
         raise _refusal(f"clamp must be > 0 for {activation}", clamp)
+    if not min_scale >= 0 or not (max_scale == 0 or max_scale > min_scale > 0):
+        raise _refusal("min_scale must be >= 0, and max_scale above a min_scale > 0, or 0", (min_scale, max_scale))
+    if min_scale:
+        _check_choice("activation with a min_scale", activation, FLOORED)
     constants = {
         "INVERSE": inverse,
-        "ACTIVATION": activation,
+        "ACTIVATION": f"{activation}_floor" if min_scale else activation,
         "SHIFT_FIRST": first,
         "WORK": _work(reference.working_dtype(x, scale, shift)),
     }
     bound = math.inf if activation == "exp" and not clamp else clamp
-    return _Kernel(kernels.affine, (bound,), constants, ELEMENTS, _ELEMENTS_A_WARP)
+    return _Kernel(kernels.affine, (bound, min_scale, max_scale or math.inf), constants, ELEMENTS, _ELEMENTS_A_WARP)
 
 
-def affine_coupling(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
+def affine_coupling(x, scale, shift, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims):
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims)
     return _forward(kernel, x, (scale, shift), sample_dims)
 
 
 def affine_coupling_backward(
-    grad_y, grad_logdet, x, scale, shift, inverse, activation, clamp, shift_first, sample_dims
+    grad_y, grad_logdet, x, scale, shift, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims
 ):
-    kernel = _affine(x, scale, shift, inverse, activation, clamp, shift_first, sample_dims)
+    kernel = _affine(x, scale, shift, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims)
     _check_gradients(grad_y, grad_logdet, x, sample_dims)
     grads = [_like(t) for t in (scale, shift)]
     return _backward(kernel, grad_y, grad_logdet, x, (scale, shift), grads, sample_dims), *grads
@@ -312,24 +318,27 @@ def _check_packed(part: torch.Tensor, params: torch.Tensor, activation: str) -> 
     _check_tensor("params", params, (*part.shape, 1 if activation == "none" else 2), part, *DTYPES)
 
 
-def affine_coupling_packed(x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims):
+def affine_coupling_packed(
+    x, params, inverse, activation, clamp, min_scale, max_scale, shift_first, shift_leads, split, sample_dims
+):
     part = _checked_part(x, params, split, x)
     _check_packed(part, params, activation)
-    how = (inverse, activation, clamp, shift_first, sample_dims)
+    how = (inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims)
     y, logdet = affine_coupling(part, *reference.scale_and_shift(params, shift_leads), *how)
     return _joined(x, split, y), logdet
 
 
 def affine_coupling_packed_backward(
-    grad_y, grad_logdet, x, params, inverse, activation, clamp, shift_first, shift_leads, split, sample_dims
-):
+    grad_y, grad_logdet, x, params,
+    inverse, activation, clamp, min_scale, max_scale, shift_first, shift_leads, split, sample_dims,
+):  # fmt: skip
     if activation == "none":
         raise _refusal("activation must have a scale in a backward", activation)
     _check_tensor("grad_y", grad_y, x.shape, x, x.dtype)
     part, grad_part = (_checked_part(x, params, split, t) for t in (x, grad_y))
     _check_packed(part, params, activation)
     pair, grad_params = reference.scale_and_shift(params, shift_leads), _like(params)
-    kernel = _affine(part, *pair, inverse, activation, clamp, shift_first, sample_dims)
+    kernel = _affine(part, *pair, inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims)
     _check_gradients(grad_part, grad_logdet, part, sample_dims)
     grads = reference.scale_and_shift(grad_params, shift_leads)
     grad_x = _backward(kernel, grad_part, grad_logdet, part, pair, grads, sample_dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,40 +242,61 @@ def elementwise(settings: Settings, self: Any, inputs: Any, autoregressive_param
     )
 
 
-def serve_nflows(peer: Peer, package: str, affine: Callable[[Any, Any, Any, bool], Any]) -> None:
-    """Stands in for what nflows has, under the name that it goes by. `affine(layer, inputs, transform_params, inverse)`
-    serves affine layers, additive ones apart."""
-    splines = f"{package}.transforms.splines.rational_quadratic"
-    coupling = f"{package}.transforms.coupling"
-    autoregressive = f"{package}.transforms.autoregressive"
-    additive_rule = (coupling, "AdditiveCouplingTransform._scale_and_shift")
+# ---- affine layers ----
 
-    def serve(self: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
-        rule = type(self)._scale_and_shift
-        if (rule.__module__, rule.__qualname__) == additive_rule:
-            return _additive(inputs, transform_params, inverse)
-        return affine(self, inputs, transform_params, inverse)
 
-    peer.replaces(splines, "unconstrained_rational_quadratic_spline")(unconstrained_rational_quadratic_spline)
-    peer.replaces(splines, "rational_quadratic_spline")(rational_quadratic_spline)
-    peer.replaces(coupling, "PiecewiseRationalQuadraticCouplingTransform._piecewise_cdf")(piecewise_cdf)
-    peer.replaces(autoregressive, "MaskedPiecewiseRationalQuadraticAutoregressiveTransform._elementwise")(elementwise)
+class Scale(NamedTuple):
+    """The scale of a layer as arguments of affine_coupling, for `factor` times what the conditioner gives."""
 
-    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_forward")
-    def forward(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
-        return serve(self, inputs, transform_params, False)
+    how: dict[str, Any]
+    factor: float = 1.0
 
-    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_inverse")
-    def inverse(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
-        return serve(self, inputs, transform_params, True)
 
-    @peer.replaces(
-        autoregressive,
-        "MaskedAffineAutoregressiveTransform._elementwise_forward",
-        "MaskedAffineAutoregressiveTransform._elementwise_inverse",
-    )
-    def elementwise_affine(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any) -> Any:
-        return Declined("scale with a floor")
+def floored(activation: str, min_scale: Any, max_scale: float | None = None) -> Scale | Declined:
+    if not number(min_scale, 1e-30) or min_scale > 1e30:  # the operator's range
+        return Declined("arguments")
+    return Scale({"activation": activation, "min_scale": float(min_scale), "max_scale": max_scale})
+
+
+def _affine(scale: Scale | Declined, inputs: Any, params: Any, parameters: str, inverse: bool) -> Any:
+    """params: [*inputs.shape, 2], a view in any layout"""
+    if type(scale) is Declined:
+        return scale
+    how = scale.how | {"inverse": inverse}
+    if scale.factor == 1:
+        y, logdet = pyperf_dl.affine_coupling_packed(inputs, params, parameters=parameters, **how)
+    else:
+        at = 0 if parameters == "scale_shift" else 1
+        y, logdet = pyperf_dl.affine_coupling(inputs, scale.factor * params[..., at], params[..., 1 - at], **how)
+    return y, logdet.to(inputs.dtype)
+
+
+def _affine_elementwise(
+    module: str, scale_of: Callable[[Any], Scale | Declined], layer: Any, inputs: Any, params: Any, inverse: bool
+) -> Any:
+    """Of an autoregressive layer of that module. inputs: [B, D], params: [B, D * 2]"""
+    if type(layer)._unconstrained_scale_and_shift.__module__ != module:
+        return Declined("subclass")
+    why = unfit(inputs, params)
+    if why:
+        return Declined(why)
+    if inputs.shape != (len(inputs), layer.features) or params.shape != (len(inputs), 2 * layer.features):
+        return Declined("shape")
+    return _affine(scale_of(layer), inputs, params.view(*inputs.shape, 2), "scale_shift", inverse)
+
+
+def _affine_coupling(
+    scale_of: Callable[[Any], Scale | Declined], layer: Any, inputs: Any, params: Any, inverse: bool
+) -> Any:
+    """inputs: [B, C, ...], params: [B, 2 * C, ...], shifts first"""
+    why = unfit(inputs, params)
+    if why:
+        return Declined(why)
+    count = layer.num_transform_features
+    fits = inputs.dim() >= 2 and inputs.shape[1] == count
+    if not fits or params.shape != (len(inputs), 2 * count, *inputs.shape[2:]):
+        return Declined("shape")
+    return _affine(scale_of(layer), inputs, params.unflatten(1, (2, count)).movedim(1, -1), "shift_scale", inverse)
 
 
 def _additive(inputs: Any, shift: Any, inverse: bool) -> Any:
@@ -286,3 +307,55 @@ def _additive(inputs: Any, shift: Any, inverse: bool) -> Any:
         return Declined("shape")
     y, logdet = pyperf_dl.additive_coupling(inputs, shift, inverse=inverse)
     return y, logdet.to(inputs.dtype)
+
+
+# ---- all of them ----
+
+
+def serve_nflows(
+    peer: Peer,
+    package: str,
+    scale_of_coupling: Callable[[Any], Scale | Declined],
+    scale_of_autoregressive: Callable[[Any], Scale | Declined],
+) -> None:
+    """Stands in for what nflows has, under the name that it goes by. The two functions say what scale a layer has."""
+    splines = f"{package}.transforms.splines.rational_quadratic"
+    coupling = f"{package}.transforms.coupling"
+    autoregressive = f"{package}.transforms.autoregressive"
+
+    def couple(self: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
+        rule = type(self)._scale_and_shift
+        if rule.__module__ != coupling:
+            return Declined("subclass")
+        if rule.__qualname__ == "AdditiveCouplingTransform._scale_and_shift":
+            return _additive(inputs, transform_params, inverse)
+        return _affine_coupling(scale_of_coupling, self, inputs, transform_params, inverse)
+
+    peer.replaces(splines, "unconstrained_rational_quadratic_spline")(unconstrained_rational_quadratic_spline)
+    peer.replaces(splines, "rational_quadratic_spline")(rational_quadratic_spline)
+    peer.replaces(coupling, "PiecewiseRationalQuadraticCouplingTransform._piecewise_cdf")(piecewise_cdf)
+    peer.replaces(autoregressive, "MaskedPiecewiseRationalQuadraticAutoregressiveTransform._elementwise")(elementwise)
+
+    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_forward")
+    def coupling_forward(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
+        return couple(self, inputs, transform_params, False)
+
+    @peer.replaces(coupling, "AffineCouplingTransform._coupling_transform_inverse")
+    def coupling_inverse(settings: Settings, self: Any, inputs: Any, transform_params: Any) -> Any:
+        return couple(self, inputs, transform_params, True)
+
+    serve_affine_autoregressive(peer, autoregressive, "MaskedAffineAutoregressiveTransform", scale_of_autoregressive)
+
+
+def serve_affine_autoregressive(
+    peer: Peer, module: str, name: str, scale_of: Callable[[Any], Scale | Declined]
+) -> None:
+    """Stands in for a class of nflows' masked affine autoregressive layers."""
+
+    @peer.replaces(module, f"{name}._elementwise_forward")
+    def forward(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any) -> Any:
+        return _affine_elementwise(module, scale_of, self, inputs, autoregressive_params, False)
+
+    @peer.replaces(module, f"{name}._elementwise_inverse")
+    def inverse(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any) -> Any:
+        return _affine_elementwise(module, scale_of, self, inputs, autoregressive_params, True)

@@ -1,4 +1,4 @@
-"""Flows of glasflow, which carries a fork of nflows, with their splines and couplings served by pyperf_dl.
+"""Flows of glasflow, which carries a fork of nflows, with splines, affine and additive layers served by pyperf_dl.
 
     from pyperf_dl.integrations import glasflow
 
@@ -13,64 +13,72 @@ domain a spline without tails (``CouplingNSF`` on a uniform base) goes on along 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
-import pyperf_dl
-
 from . import _splines, _swap
+from ._splines import Scale
 from ._swap import Declined, Report, Settings, Takeover
 
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("glasflow", "glasflow", "0.4", "0.4")
 disable, report = _peer.disable, _peer.report
-_tanh_ranges: dict[Any, float] = {}  # of the scale activations exp(N tanh(u / 2)), by function
-_any_range: list[Any] = []  # the code of those for which N is in a closure
+_scales: dict[Any, Scale | Declined] = {}  # of scale activations, by function
+# The code of those that capture a variable, and what scale its value makes; the compiler takes no dict of codes.
+_capturing: list[tuple[Any, Callable[[Any], Scale | Declined]]] = []
 
 
 def _find_activations() -> None:
+    from glasflow.nflows.transforms import autoregressive, coupling
     from glasflow.transforms import utils
 
-    _tanh_ranges.update((utils.SCALE_ACTIVATIONS[f"log{n}"], float(n)) for n in (1, 2, 3))
-    _any_range[:] = [
-        c for c in utils.get_scale_activation.__code__.co_consts if "sigmoid" in getattr(c, "co_names", ())
+    narrow, wide = _splines.floored("sigmoid", 1e-3), _splines.floored("softplus", 1e-3, 3.0)
+    named = {"nflows": narrow, "nflows_general": wide, "wide": wide, **{f"log{n}": _exp_tanh(n) for n in (1, 2, 3)}}
+    found = {utils.SCALE_ACTIVATIONS[name]: scale for name, scale in named.items()} | {
+        coupling.AffineCouplingTransform.DEFAULT_SCALE_ACTIVATION: narrow,
+        coupling.AffineCouplingTransform.GENERAL_SCALE_ACTIVATION: wide,
+    }
+    theirs = (utils.__name__, coupling.__name__)  # names may have got other functions
+    _scales.update({function: scale for function, scale in found.items() if function.__module__ in theirs})
+    of_autoregressive = autoregressive.MaskedAffineAutoregressiveTransform.__init__
+    _capturing[:] = [
+        (_inner_code(utils.get_scale_activation, "sigmoid"), _exp_tanh),
+        (_inner_code(of_autoregressive, "softplus"), lambda layer: _splines.floored("softplus", layer._epsilon)),
     ]
 
 
-def _tanh_range(activation: Any) -> float | None:
-    if getattr(activation, "__code__", None) in _any_range:
-        return activation.__closure__[0].cell_contents
-    return _tanh_ranges.get(activation)
+def _inner_code(function: Any, name: str) -> Any:
+    """Of the function inside that uses the name."""
+    return next(c for c in function.__code__.co_consts if name in getattr(c, "co_names", ()))
 
 
-def _affine(layer: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
-    if type(layer)._scale_and_shift.__qualname__ != "AffineCouplingTransform._scale_and_shift":
-        return Declined("subclass")
-    bound = _tanh_range(layer.scale_activation)
-    if not _swap.number(bound):
-        return Declined("scale with a floor" if bound is None else "arguments")
-    why = _swap.unfit(inputs, transform_params)
-    if why:
-        return Declined(why)
-    count = layer.num_transform_features
-    if inputs.dim() < 2 or transform_params.shape != (len(inputs), 2 * count, *inputs.shape[2:]):
-        return Declined("shape")
-    shift, scale = transform_params[:, :count], transform_params[:, count:]
-    y, logdet = pyperf_dl.affine_coupling(inputs, 0.5 * scale, shift, inverse=inverse, activation="tanh", clamp=bound)
-    return y, logdet.to(inputs.dtype)
+def _exp_tanh(bound: Any) -> Scale | Declined:
+    """exp(2 N (sigmoid(u) - 0.5)) = exp(N tanh(u / 2))"""
+    return Scale({"activation": "tanh", "clamp": bound}, 0.5) if _swap.number(bound) else Declined("arguments")
 
 
-_splines.serve_nflows(_peer, "glasflow.nflows", _affine)
+def _scale_of(layer: Any) -> Scale | Declined:
+    activation = layer.scale_activation
+    if not isinstance(activation, FunctionType):
+        return Declined("scale activation")
+    for code, scale_of in _capturing:
+        if activation.__code__ is code:
+            return scale_of(activation.__closure__[0].cell_contents)
+    return _scales.get(activation, Declined("scale activation"))
+
+
+_splines.serve_nflows(_peer, "glasflow.nflows", _scale_of, _scale_of)
 
 
 def enable(*, precision: str = "fast") -> Takeover:
-    """Sends the rational-quadratic splines, additive and log-scaled affine couplings of glasflow to pyperf_dl.
+    """Sends the rational-quadratic splines, affine and additive layers of glasflow to pyperf_dl.
 
     Taken over is in glasflow's fork of nflows what :func:`pyperf_dl.integrations.nflows.enable` takes over in nflows:
-    ``CouplingNSF`` and ``RealNVP(volume_preserving=True)`` are made of it; and affine layers whose
-    ``scale_activation`` is ``"log1"``, ``"log2"``, ... A call with an argument, dtype or shape that the operators do
-    not have goes to glasflow as before, errors too, and :func:`report` says why. Other affine layers stay with
-    glasflow: their scale has a floor.
+    ``CouplingNSF``, ``RealNVP`` and ``MaskedAffineAutoregressiveFlow`` are made of it. Affine layers have every
+    ``scale_activation`` that glasflow has a name for. A call with a function of the user's own, or an argument, dtype
+    or shape that the operators do not have goes to glasflow as before, errors too, and :func:`report` says why.
 
     Args:
         precision: ``"fast"``, or ``"exact"`` for splines that are computed in float64 inside.

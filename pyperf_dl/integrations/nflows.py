@@ -1,4 +1,4 @@
-"""Flows of nflows 0.14, with their rational-quadratic splines and additive couplings served by pyperf_dl.
+"""Flows of nflows 0.14, with their rational-quadratic splines, affine and additive layers served by pyperf_dl.
 
     from pyperf_dl.integrations import nflows
 
@@ -14,33 +14,31 @@ device.
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import _splines, _swap
-from ._swap import Declined, Report, Settings, Takeover
+from ._swap import Report, Settings, Takeover
 
 __all__ = ["Report", "disable", "enable", "report"]
 
 _peer = _swap.Peer("nflows", "nflows", "0.14", "0.14")
 disable, report = _peer.disable, _peer.report
 
-
-def _affine(layer: Any, inputs: Any, transform_params: Any, inverse: bool) -> Any:
-    return Declined("scale with a floor")
-
-
-_splines.serve_nflows(_peer, "nflows", _affine)
+_splines.serve_nflows(
+    _peer,
+    "nflows",
+    lambda layer: _splines.floored("sigmoid", 1e-3),
+    lambda layer: _splines.floored("softplus", layer._epsilon),
+)
 
 
 def enable(*, precision: str = "fast") -> Takeover:
-    """Sends the rational-quadratic splines and additive couplings of nflows to pyperf_dl.
+    """Sends the rational-quadratic splines, affine and additive layers of nflows to pyperf_dl.
 
     Taken over are ``rational_quadratic_spline`` and ``unconstrained_rational_quadratic_spline``, under every name by
     which a module imported them; above those, with the output of the conditioner as it comes, the layers
     ``PiecewiseRationalQuadraticCouplingTransform`` and ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``; and
-    ``AdditiveCouplingTransform``. A call with an argument, dtype or shape that the operators do not have goes to nflows
-    as before, errors too, and :func:`report` says why. Affine layers stay with nflows: their scale is
-    ``sigmoid(u + 2) + 1e-3`` or ``softplus(u) + 1e-3``.
+    ``AffineCouplingTransform``, ``AdditiveCouplingTransform`` and ``MaskedAffineAutoregressiveTransform``, but for
+    subclasses with a scale of their own. A call with an argument, dtype or shape that the operators do not have goes to
+    nflows as before, errors too, and :func:`report` says why.
 
     Args:
         precision: ``"fast"``, or ``"exact"`` for splines that are computed in float64 inside.

@@ -142,13 +142,12 @@ def _masked_affine(settings: Settings, self: Any, z: Any) -> Any:
     return Declined("mask")
 
 
-@_peer.replaces(
+_splines.serve_affine_autoregressive(
+    _peer,
     "normflows.flows.affine.autoregressive",
-    "MaskedAffineAutoregressive._elementwise_forward",
-    "MaskedAffineAutoregressive._elementwise_inverse",
+    "MaskedAffineAutoregressive",
+    lambda layer: _splines.floored("sigmoid", 1e-3),
 )
-def _elementwise_affine(settings: Settings, self: Any, inputs: Any, autoregressive_params: Any) -> Any:
-    return Declined("scale with a floor")
 
 
 def enable(*, precision: str = "fast") -> Takeover:
@@ -158,8 +157,9 @@ def enable(*, precision: str = "fast") -> Takeover:
     circular tails, one rule for all or a list by feature, and with tensors for bounds; above those, with the output of
     the conditioner as it comes, ``PiecewiseRationalQuadraticCoupling`` and
     ``MaskedPiecewiseRationalQuadraticAutoregressive``; and ``AffineCoupling``, which ``AffineCouplingBlock`` and
-    ``GlowBlock`` are made of. A call with an argument, dtype or shape that the operators do not have goes to normflows
-    as before, errors too, and :func:`report` says why; so do ``MaskedAffineFlow`` and ``MaskedAffineAutoregressive``.
+    ``GlowBlock`` are made of, and ``MaskedAffineAutoregressive``. A call with an argument, dtype or shape that the
+    operators do not have goes to normflows as before, errors too, and :func:`report` says why; so does
+    ``MaskedAffineFlow``.
 
     Args:
         precision: ``"fast"``, or ``"exact"`` for splines that are computed in float64 inside.

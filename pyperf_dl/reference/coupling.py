@@ -56,8 +56,14 @@ ACTIVATIONS = ("none", "exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "ata
 FLAT_SOFTPLUS = -40.0  # below, log(softplus(u)) = u in every precision
 
 
-def log_scale(u: torch.Tensor, activation: str, clamp: float) -> torch.Tensor:
-    """The logarithm of the scale that a raw parameter stands for. `clamp` bounds |log scale| where it is not 0."""
+def log_scale(
+    u: torch.Tensor, activation: str, clamp: float, min_scale: float = 0.0, max_scale: float = 0.0
+) -> torch.Tensor:
+    """The logarithm of the scale that a raw parameter stands for. `clamp` bounds |log scale| where it is not 0,
+    `max_scale` the scale, to which `min_scale` is added."""
+    if min_scale:
+        scale = min_scale + (torch.sigmoid(u + 2) if activation == "sigmoid" else F.softplus(u, threshold=60.0))
+        return (scale.clamp(max=max_scale) if max_scale else scale).log()
     if activation == "none":
         return torch.zeros_like(u)
     if activation == "exp":
@@ -82,6 +88,8 @@ def affine_coupling(
     inverse: bool,
     activation: str,
     clamp: float,
+    min_scale: float,
+    max_scale: float,
     shift_first: bool,
     sample_dims: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +99,7 @@ def affine_coupling(
     """
     dtype = working_dtype(x, scale)
     u, raw, t = (v.to(dtype) for v in (x, scale, shift))
-    logdet = log_scale(raw, activation, clamp)
+    logdet = log_scale(raw, activation, clamp, min_scale, max_scale)
     if inverse:
         logdet, t = -logdet, -t
     y = (u + t) * logdet.exp() if shift_first != inverse else u * logdet.exp() + t
@@ -126,6 +134,8 @@ def affine_coupling_packed(
     inverse: bool,
     activation: str,
     clamp: float,
+    min_scale: float,
+    max_scale: float,
     shift_first: bool,
     shift_leads: bool,
     split: Sequence[int] | None,
@@ -133,7 +143,7 @@ def affine_coupling_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for some channels of x. params: scale and shift in the last dimension, or a shift alone ("none")."""
     scale, shift = scale_and_shift(params, shift_leads)
-    how = (inverse, activation, clamp, shift_first, sample_dims)
+    how = (inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims)
     if not split:
         return affine_coupling(x, scale, shift, *how)
     y, logdet = affine_coupling(part_of(x, split, params.shape[split[0]]), scale, shift, *how)
@@ -376,6 +386,9 @@ def _check_calls(quick: bool) -> Iterator[tuple[str, str, dict[str, Any], Any]]:
         yield "rational_quadratic_spline_packed", name, packed, [2 * bins + knots]
     for activation, order in itertools.product(ACTIVATIONS[1:], ("scale_shift", "shift_scale")):
         yield "affine_coupling", f"{activation}, {order}", {"activation": activation, "order": order}, [None, None]
+    floor = {"min_scale": 1e-3, "max_scale": 1.5}
+    for activation in ("sigmoid", "softplus"):
+        yield "affine_coupling", f"{activation} with a floor", floor | {"activation": activation}, [None, None]
     yield "additive_coupling", "shift", {}, [None]
     packed = {"activation": "tanh", "logdet": "elementwise"}
     yield "affine_coupling_packed", "tanh", packed | {"parameters": "shift_scale"}, [2]

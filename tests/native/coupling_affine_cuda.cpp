@@ -27,17 +27,32 @@ double normal() {
   return sum;
 }
 
-double log_scale(Activation a, double clamp, double u) {
-  switch (a) {
+double log_scale(const Affine& how, double u) {
+  switch (how.activation) {
     case Activation::none: return 0;
-    case Activation::exp: return std::min(std::max(u, -clamp), clamp);
+    case Activation::exp: return std::min(std::max(u, -how.clamp), how.clamp);
     case Activation::sigmoid: return -std::log1p(std::exp(-(u + 2)));
     case Activation::softplus: return std::log(std::log1p(std::exp(u)));
-    case Activation::tanh: return clamp * std::tanh(u);
-    case Activation::atan: return clamp * 0.636 * std::atan(u);
-    case Activation::softclip: return u / (1 + std::fabs(u / clamp));
+    case Activation::tanh: return how.clamp * std::tanh(u);
+    case Activation::atan: return how.clamp * 0.636 * std::atan(u);
+    case Activation::softclip: return u / (1 + std::fabs(u / how.clamp));
+    case Activation::sigmoid_floor:
+      return std::log(std::min(how.min_scale + 1 / (1 + std::exp(-(u + 2))), how.max_scale));
+    case Activation::softplus_floor: return std::log(std::min(how.min_scale + std::log1p(std::exp(u)), how.max_scale));
   }
   return 0;
+}
+
+// Whether the slope bends or jumps within `step` of u.
+bool has_kink(const Affine& how, double u, double step) {
+  const double last = std::log(how.max_scale);
+  switch (how.activation) {
+    case Activation::exp: return std::fabs(std::fabs(u) - how.clamp) < step;
+    case Activation::softclip: return std::fabs(u) < step;
+    case Activation::sigmoid_floor:
+    case Activation::softplus_floor: return log_scale(how, u - step) < last && log_scale(how, u + step) >= last;
+    default: return false;
+  }
 }
 
 // An operand of [samples, size], whose elements lie `stride` apart and whose rows `pitch`.
@@ -113,8 +128,11 @@ void round_of(int64_t samples, int64_t size) {
   const Storage of_x = of_parameters == wide || below(2) ? wide : of_parameters;
   const bool summed = below(3) > 0, inverse = below(2), first = below(2), aligned = below(4) > 0;
   Affine how{};
-  how.activation = Activation(below(7));
-  how.clamp = how.activation == Activation::exp && below(2) ? std::numeric_limits<double>::infinity() : 1.5;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  how.activation = Activation(below(9));
+  how.clamp = how.activation == Activation::exp && below(2) ? kInfinity : 1.5;
+  how.min_scale = 1e-3;
+  how.max_scale = below(2) ? kInfinity : 0.9;
   how.scale_sign = inverse ? -1 : 1;
   how.shift_sign = inverse ? -1 : 1;
   how.shift_before = inverse != first;
@@ -148,25 +166,20 @@ void round_of(int64_t samples, int64_t size) {
     double total = 0, size_of_total = 1;
     for (int64_t i = 0; i < size; ++i) {
       const double x = f[kX].get(s, i), u = f[kScale].get(s, i), t = how.shift_sign * f[kShift].get(s, i);
-      const double log = how.scale_sign * log_scale(how.activation, how.clamp, u), e = std::exp(log);
+      const double log = how.scale_sign * log_scale(how, u), e = std::exp(log);
       const double y = how.shift_before ? (x + t) * e : x * e + t, moved = how.shift_before ? (x + t) * e : x * e;
       const double terms = (std::fabs(x) + std::fabs(t)) * (1 + e) * (1 + std::fabs(log));
       check(std::fabs(f[kY].get(s, i) - y) <= f[kY].unit * std::fabs(y) + 8 * r * terms, "y", f[kY].get(s, i), y);
       if (!summed) check_near("log-det", f[kLogdet].get(s, i), log, 1, r);
       total += log, size_of_total += std::fabs(log);
-      const double step = 1e-5, from_kink = how.activation == Activation::exp ? std::fabs(std::fabs(u) - how.clamp)
-                                            : how.activation == Activation::softclip ? std::fabs(u)
-                                                                                     : 1;
-      const double slope =
-          how.scale_sign *
-          (log_scale(how.activation, how.clamp, u + step) - log_scale(how.activation, how.clamp, u - step)) /
-          (2 * step);
+      const double step = 1e-5,
+                   slope = how.scale_sign * (log_scale(how, u + step) - log_scale(how, u - step)) / (2 * step);
       const double gy = b[kGradY].get(s, i), gl = summed ? double(sample_grads[s]) : b[kGradLogdet].get(s, i);
       const double grad_shift = how.shift_sign * (how.shift_before ? gy * e : gy);
       const double size_of_grads = std::fabs(gy) * (1 + terms) + std::fabs(gl);
       check_near("grad x", b[kGradX].get(s, i), gy * e, size_of_grads, b[kGradX].unit);
       check_near("grad shift", b[kGradShift].get(s, i), grad_shift, size_of_grads, b[kGradShift].unit);
-      if (from_kink > 2 * step)  // where the slope is that of differences
+      if (!has_kink(how, u, 2 * step))  // where the slope is that of differences
         check_near("grad scale", b[kGradScale].get(s, i), slope * (gy * moved + gl), size_of_grads,
                    std::max(b[kGradScale].unit, 1e-9));
     }
