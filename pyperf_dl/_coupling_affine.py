@@ -19,6 +19,7 @@ from ._coupling_spline import (
     _like,
     _number,
     checked_companion,
+    checked_mask,
     fake_outputs,
     sample_dims_of,
     split_behind,
@@ -246,21 +247,33 @@ def _parameter(op: str, name: str, value: Any, x: torch.Tensor, shape: torch.Siz
         ) from None
 
 
-def _sum_arranged(
-    op: str, x: torch.Tensor, parameters: Sequence[torch.Tensor], logdet: str, sum_dims: Any
-) -> tuple[torch.Tensor, Sequence[torch.Tensor], int, list[int] | None]:
-    if sum_dims is None:  # no dimension to move
-        return x, parameters, -1 if logdet == "elementwise" else min(1, x.dim()), None
-    # The permutation for splines, whose parameters have a dimension more.
-    x, moved, sample_dims, back = _arranged(op, x, [p.unsqueeze(-1) for p in parameters], logdet, sum_dims)
-    return x, [p.squeeze(-1) for p in moved], sample_dims, back
+_LOG_SCALE: _Scale = ("exp", 0.0, 0.0, 0.0)
+_NEUTRAL = {"exp": 0.0, "tanh": 0.0, "atan": 0.0, "softclip": 0.0, "sigmoid": 1e4, "sigmoid_inv": 1e4}  # log s is 0
 
 
-def _centred(scale: torch.Tensor, x: torch.Tensor, of_scale: _Scale, sample_dims: int) -> torch.Tensor:
-    """The log scale less its mean over a sample."""
-    log = reference.log_scale(scale.to(reference.working_dtype(x)), *of_scale)
-    dims = tuple(range(min(1, x.dim()) if sample_dims < 0 else sample_dims, x.dim()))
-    return (log - log.mean(dims, keepdim=True) if dims else torch.zeros_like(log)).to(x.dtype)
+def _adapted(
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    x: torch.Tensor,
+    of_scale: _Scale,
+    volume_preserving: bool,
+    mask: torch.Tensor | None,
+    inverse: bool,
+    sample_dims: int,
+) -> tuple[torch.Tensor, torch.Tensor, _Scale]:
+    """Parameters of the operator that do what it has no argument for."""
+    activation, _, min_scale, _ = of_scale
+    if volume_preserving or (mask is not None and (min_scale or activation not in _NEUTRAL)):
+        scale = scale if mask is None else torch.where(mask, scale, 0.0)  # NaN has a gradient even if it is not taken
+        log = reference.log_scale(scale.to(reference.working_dtype(x)), *of_scale)
+        dims = tuple(range(min(1, x.dim()) if sample_dims < 0 else sample_dims, x.dim()))
+        if volume_preserving:
+            log = log - log.mean(dims, keepdim=True) if dims else torch.zeros_like(log)
+        scale, shift, of_scale = log.to(x.dtype), shift.to(x.dtype), _LOG_SCALE
+    if mask is not None:
+        scale = torch.where(mask, scale, _NEUTRAL[of_scale[0]])
+        shift = torch.where(mask, shift, 0.0 if inverse else -0.0)  # what it adds to -0.0 is -0.0
+    return scale, shift, of_scale
 
 
 def affine_coupling(
@@ -275,6 +288,7 @@ def affine_coupling(
     max_scale: float | None = None,
     order: str = "scale_shift",
     volume_preserving: bool = False,
+    sample_mask: torch.Tensor | None = None,
     logdet: str = "sum",
     sum_dims: int | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,6 +324,8 @@ def affine_coupling(
         order: ``"scale_shift"`` or ``"shift_scale"``.
         volume_preserving: log s less its mean over the summed dimensions, so that the log-det of a sample is 0 (GIN).
             FrEIA's GINCouplingBlock takes the mean over the channels: ``sum_dims=1``.
+        sample_mask: bool, broadcasts to x's shape. Where it is False an element passes as it is, with a log-det of 0
+            and no gradient for its parameters, whatever they are.
         logdet: ``"sum"`` over all dimensions but the first, or ``"elementwise"``.
         sum_dims: the dimensions to sum over, instead.
 
@@ -340,14 +356,20 @@ def affine_coupling(
     scale, shift = _parameter(op, "scale", scale, x), _parameter(op, "shift", shift, x)
     if scale.dtype != shift.dtype:
         raise TypeError(f"{op}: shift must have the dtype of scale, {scale.dtype}, got {shift.dtype}")
-    x, (scale, shift), sample_dims, back = _sum_arranged(op, x, (scale, shift), logdet, sum_dims)
-    if volume_preserving:
-        scale, shift = _centred(scale, x, of_scale, sample_dims), shift.to(x.dtype)
-        of_scale = ("exp", 0.0, 0.0, 0.0)
+    mask = checked_mask(op, sample_mask, x, x.shape)
+    x, (scale, shift, mask), sample_dims, back = _arranged(op, x, (scale, shift, mask), logdet, sum_dims)
+    if volume_preserving or mask is not None:
+        scale, shift, of_scale = _adapted(scale, shift, x, of_scale, volume_preserving, mask, inverse, sample_dims)
     y, total = _coupling(x, scale, shift, inverse, *of_scale, shift_first, sample_dims)
-    if volume_preserving and sample_dims >= 0 and x.dtype not in HALF_DTYPES:  # 16 bits do not hold a mean of 0
-        total = torch.zeros_like(total)
-    return (y if back is None else y.permute(back)), total
+    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, mask, sample_dims)
+
+
+def _preserved(
+    total: torch.Tensor, x: torch.Tensor, volume_preserving: bool, mask: torch.Tensor | None, sample_dims: int
+) -> torch.Tensor:
+    """Zeros where the log-dets of a sample are 0 but for rounding; 16 bits do not hold a mean of 0."""
+    exact = volume_preserving and mask is None and sample_dims >= 0 and x.dtype not in HALF_DTYPES
+    return torch.zeros_like(total) if exact else total
 
 
 def affine_coupling_packed(
@@ -362,6 +384,8 @@ def affine_coupling_packed(
     min_scale: float = 0.0,
     max_scale: float | None = None,
     order: str = "scale_shift",
+    volume_preserving: bool = False,
+    sample_mask: torch.Tensor | None = None,
     logdet: str = "sum",
     sum_dims: int | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -372,7 +396,7 @@ def affine_coupling_packed(
         params: [*x.shape, 2], or [B, C', ..., 2] for C' `channels`; or what broadcasts to it. Any strides: halves and
             interleaved parameters are views of that shape. Its gradient is one tensor, laid out alike.
         channels: the slice of dim 1 that is transformed, of a step >= 1. The others are copied to y, and their gradient
-            to x. By default all of x is transformed.
+            to x. By default all of x is transformed. sample_mask goes with the part that is.
         parameters: ``"scale_shift"`` or ``"shift_scale"``: which comes first in params.
 
     The other arguments, results and errors are those of :func:`affine_coupling`.
@@ -384,7 +408,9 @@ def affine_coupling_packed(
     (True, torch.Size([8]))
     """
     op = "affine_coupling_packed"
-    of_scale, shift_first = _planned_once(op, inverse, activation, clamp, min_scale, max_scale, order, False, logdet)
+    of_scale, shift_first = _planned_once(
+        op, inverse, activation, clamp, min_scale, max_scale, order, volume_preserving, logdet
+    )
     _checks.choice(op, "parameters", parameters, ORDERS)
     shape, split = transformed_channels(op, channels, x)
     params = _checked_parameters(op, "params", params, x, shape)
@@ -392,24 +418,16 @@ def affine_coupling_packed(
         raise ValueError(
             f"{op}: params must have 2 in the last dimension, a scale and a shift, got {list(params.shape)}"
         )
-    how = (inverse, *of_scale, shift_first, parameters == "shift_scale")
-    return _packed_call(op, x, params, how, split, logdet, sum_dims)
-
-
-def _packed_call(
-    op: str,
-    x: torch.Tensor,
-    params: torch.Tensor,
-    how: tuple[Any, ...],
-    split: list[int] | None,
-    logdet: str,
-    sum_dims: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x, (params,), sample_dims, back = _arranged(op, x, [params], logdet, sum_dims)
+    mask, shift_leads = checked_mask(op, sample_mask, x, shape), parameters == "shift_scale"
+    x, (params, mask), sample_dims, back = _arranged(op, x, [params, mask], logdet, sum_dims)
     if back is not None and split:
         split[0] = back[1]
-    y, total = _packed(x, params, *how, split, sample_dims)
-    return (y if back is None else y.permute(back)), total
+    if volume_preserving or mask is not None:
+        pair = reference.scale_and_shift(params, shift_leads)
+        *pair, of_scale = _adapted(*pair, x, of_scale, volume_preserving, mask, inverse, sample_dims)
+        params, shift_leads = torch.stack(pair, -1), False
+    y, total = _packed(x, params, inverse, *of_scale, shift_first, shift_leads, split, sample_dims)
+    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, mask, sample_dims)
 
 
 def additive_coupling(
@@ -418,6 +436,7 @@ def additive_coupling(
     *,
     channels: slice | None = None,
     inverse: bool = False,
+    sample_mask: torch.Tensor | None = None,
     logdet: str = "sum",
     sum_dims: int | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -428,6 +447,7 @@ def additive_coupling(
         shift: t, x's shape or what broadcasts to it; x's dtype, or float16 or bfloat16 beside a float32 x. Any strides.
         channels: the slice of dim 1 of x [B, C, ...] that is shifted, for a shift [B, C', ...]; the others are copied.
         inverse: ``x = y - t``.
+        sample_mask: bool, broadcasts to what is shifted. Where it is False an element passes as it is.
         logdet: ``"sum"`` over all dimensions but the first, or ``"elementwise"``.
         sum_dims: the dimensions to sum over, instead.
 
@@ -448,6 +468,11 @@ def additive_coupling(
     _checks.choice(op, "logdet", logdet, ("sum", "elementwise"))
     shape, split = transformed_channels(op, channels, x)
     shift = _parameter(op, "shift", shift, x, shape)
-    return _packed_call(
-        op, x, shift.unsqueeze(-1), (inverse, "none", 0.0, 0.0, 0.0, False, False), split, logdet, sum_dims
-    )
+    mask = checked_mask(op, sample_mask, x, shape)
+    if mask is not None:
+        shift = torch.where(mask, shift, 0.0 if inverse else -0.0)
+    x, (params,), sample_dims, back = _arranged(op, x, [shift.unsqueeze(-1)], logdet, sum_dims)
+    if back is not None and split:
+        split[0] = back[1]
+    y, total = _packed(x, params, inverse, "none", 0.0, 0.0, 0.0, False, False, split, sample_dims)
+    return (y if back is None else y.permute(back)), total

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from . import _checks
-from ._coupling_affine import additive_coupling, affine_coupling, affine_coupling_packed
+from ._coupling_affine import additive_coupling, affine_coupling_packed
 from ._coupling_channels import actnorm, checked_input, checked_sample_mask, invertible_conv1x1
 from ._coupling_spline import rational_quadratic_spline_packed
 from .reference import coupling as reference
@@ -403,7 +403,7 @@ class _Coupling(_Layer):
 
     # -- the map --
 
-    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    def _takes_channels(self, x: torch.Tensor) -> bool:
         """Whether `_function` takes a slice of channels, and copies the others itself."""
         return True
 
@@ -422,7 +422,7 @@ class _Coupling(_Layer):
         untouched, part = self._split(x)
         params = self._parameters_of(untouched, part, call.context)
         at = self._where(x)[1]
-        if isinstance(at, slice) and self._takes_channels(x, call.sample_mask):
+        if isinstance(at, slice) and self._takes_channels(x):
             return self._function(x, params, call.sample_mask, call.inverse, at)
         y, logdet = self._function(part, params, call.sample_mask, call.inverse)
         return self._merged(x, untouched, y), logdet
@@ -465,14 +465,6 @@ _COUPLING_ARGUMENTS = """
 """
 
 
-def _masked(function: Callable[[str], _Result], part: torch.Tensor, mask: torch.Tensor | None) -> _Result:
-    """function(logdet) where the sample mask is True."""
-    if mask is None:
-        return function("sum")
-    y, logdet = function("elementwise")
-    return torch.where(mask, y, part), torch.where(mask, logdet, 0.0).flatten(1).sum(1)
-
-
 class AdditiveCoupling(_Coupling):
     """Additive coupling: y = x + t for a part of the channels, t = conditioner(the others). Its log-det is 0.
 
@@ -510,9 +502,6 @@ class AdditiveCoupling(_Coupling):
     def _parameter_names(self) -> str:
         return "shift"
 
-    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        return mask is None
-
     def _function(
         self,
         part: torch.Tensor,
@@ -521,10 +510,7 @@ class AdditiveCoupling(_Coupling):
         inverse: bool,
         channels: slice | None = None,
     ) -> _Result:
-        def function(logdet: str) -> _Result:
-            return additive_coupling(part, params[..., 0], channels=channels, inverse=inverse, logdet=logdet)
-
-        return _masked(function, part, mask)
+        return additive_coupling(part, params[..., 0], channels=channels, inverse=inverse, sample_mask=mask)
 
 
 class AffineCoupling(_Coupling):
@@ -592,9 +578,6 @@ class AffineCoupling(_Coupling):
     def _parameter_names(self) -> str:
         return self.parameter_order.replace("_", ", ")
 
-    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        return mask is None and not self.options["volume_preserving"]
-
     def _function(
         self,
         part: torch.Tensor,
@@ -603,22 +586,11 @@ class AffineCoupling(_Coupling):
         inverse: bool,
         channels: slice | None = None,
     ) -> _Result:
-        return _masked(lambda logdet: self._affine(part, params, inverse, logdet, channels), part, mask)
-
-    def _affine(
-        self, part: torch.Tensor, params: torch.Tensor, inverse: bool, logdet: str, channels: slice | None
-    ) -> _Result:
-        if not self.options["volume_preserving"]:
-            how = {name: value for name, value in self.options.items() if name != "volume_preserving"}
-            how |= {"channels": channels, "parameters": self.parameter_order, "inverse": inverse, "logdet": logdet}
-            return affine_coupling_packed(part, params, **how)
-        scale_at = 0 if self.parameter_order == "scale_shift" else 1
-        scale, shift = params[..., scale_at], params[..., 1 - scale_at]
-        # Over the channels, so that no position depends on another one, and a sample mask on none.
-        y, zeros = affine_coupling(part, scale, shift, inverse=inverse, sum_dims=1, **self.options)
-        return y, zeros.unsqueeze(1) if logdet == "elementwise" else zeros.flatten(1).sum(
-            1
-        ) if zeros.dim() > 1 else zeros
+        how = self.options | {"channels": channels, "parameters": self.parameter_order, "inverse": inverse}
+        if self.options["volume_preserving"]:  # over the channels, so that no position depends on another one
+            y, total = affine_coupling_packed(part, params, sample_mask=mask, sum_dims=1, **how)
+            return y, total.flatten(1).sum(1) if total.dim() > 1 else total
+        return affine_coupling_packed(part, params, sample_mask=mask, **how)
 
     def _described(self) -> list[str]:
         return [f"{name}={value!r}" for name, value in self.options.items()]
@@ -708,7 +680,7 @@ class SplineCoupling(_Coupling):
     def _by_feature(self) -> bool:
         return self.tail_bound is not None or isinstance(self.options["tails"], tuple)
 
-    def _takes_channels(self, x: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    def _takes_channels(self, x: torch.Tensor) -> bool:
         return x.dim() == 2 or not self._by_feature()
 
     def _function(

@@ -619,6 +619,66 @@ def test_packed_gradcheck():
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sample_masks(name, dtype):
+    """What does not count passes, whatever it and its parameters are; the rest is as without a mask."""
+    activation, clamp, min_scale, max_scale = SCALES[name]
+    how = {"activation": activation, "clamp": clamp or None, "min_scale": min_scale, "max_scale": max_scale or None}
+    x, u, t = (torch.randn(9, 7, dtype=torch.float64).to(dtype) for _ in range(3))
+    x[0], x[1], x[2] = INF, math.nan, -0.0
+    u[3], t[4] = math.nan, INF
+    leaves = [v.requires_grad_() for v in (x, u, t)]
+    on = torch.tensor([False] * 5 + [True, False, True, True])[:, None]
+    everywhere = on.expand(9, 7)
+    for inverse, order in itertools.product(BOTH, ORDERS):
+        both = [
+            affine_coupling(*leaves, inverse=inverse, order=order, logdet="elementwise", sample_mask=mask, **how)
+            for mask in (on, None)
+        ]
+        weights = [torch.randn(9, 7).to(v.dtype) for v in both[0]]
+        masked, plain = ([*out, *torch.autograd.grad(out, leaves, weights)] for out in both)
+        rounding = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}  # of log s, for want of a neutral u
+        for a, b in zip(masked, plain, strict=True):
+            torch.testing.assert_close(a[everywhere], b[everywhere], **rounding)
+        off = ~everywhere
+        assert torch.equal(masked[0][off].view(torch.uint8), x.detach()[off].view(torch.uint8))
+        assert not masked[1][off].any()
+        assert torch.equal(masked[2][off], weights[0][off])
+        assert not masked[3][off].any()
+        assert not masked[4][off].any()
+        pair = torch.stack(leaves[1:], -1)
+        packed = pyperf_dl.affine_coupling_packed(x, pair, inverse=inverse, order=order, sample_mask=on, **how)
+        torch.testing.assert_close(packed[0], both[0][0], equal_nan=True)
+        torch.testing.assert_close(packed[1], both[0][1].sum(1), equal_nan=True)
+
+
+def test_sample_masks_of_shifts():
+    x, t = torch.randn(4, 6), torch.randn(4, 3)
+    t[0] = math.nan
+    mask = torch.tensor([False, True, True, False])[:, None]
+    for inverse in BOTH:
+        y, logdet = additive_coupling(x, t, channels=slice(3, None), sample_mask=mask, inverse=inverse)
+        want = x.clone()
+        want[1:3, 3:] += -t[1:3] if inverse else t[1:3]
+        assert torch.equal(y, want)
+        assert not logdet.any()
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_volume_preserving_channels(channels):
+    leaves, params = packed_sample((4, 6, 3), channels, "interleaved")
+    at = slice(None) if channels is None else channels
+    for inverse, sum_dims in itertools.product(BOTH, (None, 1)):
+        how = {"activation": "atan", "volume_preserving": True, "inverse": inverse, "sum_dims": sum_dims}
+        got = pyperf_dl.affine_coupling_packed(leaves[0], params, channels=channels, **how)
+        part, logdet = affine_coupling(leaves[0][:, at], params[..., 0], params[..., 1], **how)
+        y = leaves[0].clone()
+        y[:, at] = part
+        torch.testing.assert_close(got, (y, logdet))
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in (got[0].sin(), y.sin())))
+
+
 PACKED_BAD = [
     (TypeError, "params must be a torch.Tensor, got None", {"params": None}),
     (ValueError, r"params must have 2 in the last dimension, .* got \[4, 3, 3\]", {"params": torch.zeros(4, 3, 3)}),
@@ -629,6 +689,8 @@ PACKED_BAD = [
     (ValueError, "channels must be a slice of ints with a step >= 1", {"channels": slice("a", None)}),
     (ValueError, "channels needs an x of at least 2 dimensions", {"x": torch.zeros(4), "channels": slice(1)}),
     (ValueError, "parameters must be one of 'scale_shift', 'shift_scale', got 'scale'", {"parameters": "scale"}),
+    (TypeError, "sample_mask must be a bool tensor", {"sample_mask": torch.ones(4, 3)}),
+    (ValueError, r"sample_mask must broadcast to .*, \[4, 3\], got \[4\]", {"sample_mask": torch.ones(4) > 0}),
 ]
 
 
@@ -940,6 +1002,9 @@ BAD = [
     (ValueError, r"shift must have x's shape or broadcast to it, got \[2, 4, 3\]", {"shift": torch.zeros(2, 4, 3)}),
     (ValueError, "scale must be on x's device cpu, got meta", {"scale": GOOD.to("meta")}),
     (TypeError, "inverse must be a bool, got 1", {"inverse": 1}),
+    (TypeError, "sample_mask must be a bool tensor", {"sample_mask": True}),
+    (ValueError, "sample_mask must broadcast", {"sample_mask": torch.ones(3, 3) > 0}),
+    (ValueError, "sample_mask must be on x's device cpu, got meta", {"sample_mask": GOOD.to("meta") > 0}),
     (ValueError, "activation must be one of 'exp', .* got 'none'", {"activation": "none"}),
     (TypeError, "activation must be one of .*, got None", {"activation": None}),
     (ValueError, "clamp must be > 0, got 0", {"clamp": 0}),
@@ -990,7 +1055,7 @@ BAD = [
 def test_bad_input(error, message, change):
     with pytest.raises(error, match=f"affine_coupling: {message}"):
         affine_coupling(**({"x": GOOD, "scale": GOOD, "shift": GOOD} | change))
-    shared = {"x", "shift", "inverse", "logdet", "sum_dims"}
+    shared = {"x", "shift", "inverse", "sample_mask", "logdet", "sum_dims"}
     if set(change) <= shared and "scale" not in message:
         with pytest.raises(error, match=f"additive_coupling: {message}"):
             additive_coupling(**({"x": GOOD, "shift": GOOD} | change))
