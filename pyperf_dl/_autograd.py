@@ -113,7 +113,7 @@ class Operator:
             _register_late()
             return registered.op(*args)
         if torch.is_grad_enabled() and _any_requires_grad(args, self.tensors):
-            return registered.plain_function.apply(*args)
+            return registered.apply_plainly(args[self.tensors :], *args[: self.tensors])
         with _Excluding(_AUTOGRAD):
             return registered.op(*args)
 
@@ -150,7 +150,8 @@ class _Registered:
     def __init__(self, operator: Operator, name: str) -> None:
         self.op = getattr(torch.ops.pyperf_dl, name).default
         self.function = _function(operator, self.op)
-        self.plain_function = _plain_function(operator, self.op)
+        # Past the apply of torch.autograd.Function, which asks for transforms once more.
+        self.apply_plainly = super(torch.autograd.Function, _plain_function(operator, self.op)).apply
         qualified = f"pyperf_dl::{name}"
         torch.library.register_fake(qualified, operator.fake, lib=_library, allow_override=True)
         _library.impl(name, _autograd_kernel(operator, self.op, self.function), "Autograd")
@@ -205,7 +206,8 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 def _plain_function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
     class PlainFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, statics: tuple[Any, ...], *tensors: Any) -> Any:  # every argument has its price
+            args = (*tensors, *statics)
             with _Excluding(_AUTOGRAD):
                 output = op(*args)
             _remember(operator, ctx, args, output)
@@ -213,7 +215,7 @@ def _plain_function(operator: Operator, op: Any) -> type[torch.autograd.Function
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return _pulled_back(operator, ctx, *grads)
+            return None, *operator.backward(ctx, *grads)
 
     PlainFunction.__name__ = PlainFunction.__qualname__ = f"{operator.name}_function"
     return PlainFunction
