@@ -67,8 +67,8 @@ struct Split {
             "coupling: split must be a dimension of x, the first channel, and a step");
     dim = (*split)[0], first = (*split)[1], step = (*split)[2], count = params.size(dim);
     const int64_t channels = x.size(dim);
-    require(first >= 0 && first <= channels && step >= 1 && step <= std::max<int64_t>(1, channels) &&
-                (count == 0 || (count - 1) * step < channels - first),
+    require(first >= 0 && first <= channels && step >= 1 && count <= channels - first &&
+                (count <= 1 || step <= (channels - first - 1) / (count - 1)),
             "coupling: split must lie in x");
   }
 

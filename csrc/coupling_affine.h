@@ -113,11 +113,6 @@ inline Split checked_split(const Tensor& x, const Tensor& params, const Packing&
   return channels;
 }
 
-// A new tensor like `t`, which keeps the order of its dimensions in memory.
-inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
-  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), dtype);
-}
-
 // False where the operands' dimensions cannot be walked as they are. `logdet`: that operand, contiguous if summed.
 template <int N>
 bool make_call(const std::array<Strided, N>& operands, int logdet, const AffineArguments& how, AffineCall<N>& call) {
@@ -142,18 +137,6 @@ bool make_call(const std::array<Strided, N>& operands, int logdet, const AffineA
 }
 
 }  // namespace affine
-
-// y and the log-det, not yet filled.
-inline std::tuple<Tensor, Tensor> affine_outputs(const Tensor& x, const Split& split, int64_t sample_dims) {
-  const ScalarType type = logdet_type(x);
-  const Tensor y = affine::empty_as(x, x.scalar_type());
-  std::vector<int64_t> sizes = split.shape(x);
-  if (sample_dims < 0) return {y, empty(x, sizes, preserved_layout(x), type)};
-  sizes.resize(sample_dims);
-  std::vector<int64_t> logical(sample_dims);
-  std::iota(logical.begin(), logical.end(), int64_t(0));
-  return {y, empty(x, sizes, logical, type)};
-}
 
 // False where the caller has to copy its tensors first.
 template <class Backend>
@@ -197,7 +180,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor scale, Tensor shift,
   const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const Split split;
   affine::check_pair(x, scale, shift, how);
-  auto [y, logdet] = affine_outputs(x, split, sample_dims);
+  auto [y, logdet] = empty_outputs(x, split, sample_dims);
   if (!run_affine<Backend>(x, scale, shift, split, how, y, logdet)) {
     const auto [dense_y, dense_logdet] =
         affine_coupling<Backend>(contiguous(x), contiguous(scale), contiguous(shift), inverse, activation, clamp,
@@ -216,7 +199,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, bool 
   const AffineArguments how{inverse, activation, clamp, min_scale, max_scale, shift_first, sample_dims};
   const affine::Packing packing(params, shift_leads, activation == "none");
   const Split channels = affine::checked_split(x, params, packing, split, how);
-  auto [y, logdet] = affine_outputs(x, channels, sample_dims);
+  auto [y, logdet] = empty_outputs(x, channels, sample_dims);
   const Strided all = params;
   if (!run_affine<Backend>(x, all.of_last(packing.scale), all.of_last(packing.shift), channels, how, y, logdet)) {
     const auto [dense_y, dense_logdet] =
@@ -238,9 +221,9 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tenso
   affine::check_pair(x, scale, shift, how);
   affine::check_gradients(grad_y, grad_logdet, x, split, sample_dims);
   const Tensor of_logdet = sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
-  Tensor grad_x = affine::empty_as(x, x.scalar_type());
-  Tensor grad_scale = affine::empty_as(scale, scale.scalar_type());
-  Tensor grad_shift = affine::empty_as(shift, shift.scalar_type());
+  Tensor grad_x = empty_as(x, x.scalar_type());
+  Tensor grad_scale = empty_as(scale, scale.scalar_type());
+  Tensor grad_shift = empty_as(shift, shift.scalar_type());
   if (!run_affine_backward<Backend>(grad_y, of_logdet, x, scale, shift, split, how, grad_x, grad_scale, grad_shift)) {
     const auto [dense_x, dense_scale, dense_shift] = affine_coupling_backward<Backend>(
         contiguous(grad_y), contiguous(grad_logdet), contiguous(x), contiguous(scale), contiguous(shift), inverse,
@@ -264,7 +247,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Tensor grad_y, Tensor
   const Split channels = affine::checked_split(x, params, packing, split, how);
   affine::check_gradients(grad_y, grad_logdet, x, channels, sample_dims);
   const Tensor of_logdet = sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
-  Tensor grad_x = affine::empty_as(x, x.scalar_type()), grad_params = affine::empty_as(params, params.scalar_type());
+  Tensor grad_x = empty_as(x, x.scalar_type()), grad_params = empty_as(params, params.scalar_type());
   const Strided all = params, grads = grad_params;
   if (!run_affine_backward<Backend>(grad_y, of_logdet, x, all.of_last(packing.scale), all.of_last(packing.shift),
                                     channels, how, grad_x, grads.of_last(packing.scale),

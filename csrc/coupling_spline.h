@@ -77,6 +77,7 @@ struct SplineTensors {
 inline void check_parameters(const Tensor& x, const std::array<Parameters, 3>& parameters,
                              const std::array<int64_t, 3>& counts) {
   const Tensor& first = *parameters[0].of;
+  storage_of(first);  // refuses other dtypes
   for (int k = 0; k < 3; ++k) {
     const Parameters& p = parameters[k];
     require(p.of->dim() == x.dim() + 1, "coupling: parameters must have the dimensions of x and one more");
@@ -232,16 +233,29 @@ inline SplineArguments copied(SplineArguments how) {
   if (how.mask) how.mask = contiguous(*how.mask);
   return how;
 }
-// The same parameters in `copies`, of the given dtype or as they are.
-inline std::array<Parameters, 3> copied(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& copies,
-                                        std::optional<ScalarType> type = {}) {
+// The same parameters as views or copies that stay in `tensors`, made by `made(tensor)`; of packed ones there is one.
+template <class Make>
+std::array<Parameters, 3> made_anew(std::array<Parameters, 3> parameters, std::array<Tensor, 3>& tensors,
+                                    const Make& made) {
+  const Tensor* const first = parameters[0].of;
   for (int k = 0; k < 3; ++k) {
-    const Tensor& of = *parameters[k].of;
-    copies[k] = type ? contiguous_empty(of, sizes_of(of, of.dim()), *type) : contiguous(of);
-    if (type) copy_(copies[k], of);
-    parameters[k].of = &copies[k];
+    const bool packed = k > 0 && parameters[k].of == first;
+    if (!packed) tensors[k] = made(*parameters[k].of);
+    parameters[k].of = &tensors[packed ? 0 : k];
   }
   return parameters;
+}
+// Those of every element, as views.
+inline std::array<Parameters, 3> of_elements(const Tensor& x, const std::array<Parameters, 3>& parameters,
+                                             std::array<Tensor, 3>& tensors) {
+  return made_anew(parameters, tensors, [&](const Tensor& t) {
+    std::vector<int64_t> sizes = sizes_of(x, x.dim());
+    sizes.push_back(t.size(x.dim()));
+    return expanded(t, sizes);
+  });
+}
+inline std::array<Parameters, 3> copied(const std::array<Parameters, 3>& parameters, std::array<Tensor, 3>& copies) {
+  return made_anew(parameters, copies, [](const Tensor& t) { return contiguous(t); });
 }
 
 inline SplineTensors checked_tensors(const Tensor& x, const std::array<Parameters, 3>& parameters,
@@ -263,9 +277,10 @@ void spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters
   SplineTensors t = checked_tensors(x, parameters, how, bins);
   t.result = y, t.logdet = logdet;
   if (run_spline<Backend, false>(t, how, bins)) return;
-  std::array<Tensor, 3> copies;
+  std::array<Tensor, 3> views, copies;
   const Tensor dense_y = contiguous(y), dense_logdet = contiguous(logdet);
-  spline_forward<Backend>(contiguous(x), copied(parameters, copies), copied(how), bins, dense_y, dense_logdet);
+  spline_forward<Backend>(contiguous(x), copied(of_elements(x, parameters, views), copies), copied(how), bins, dense_y,
+                          dense_logdet);
   copy_(y, dense_y);
   copy_(logdet, dense_logdet);
 }
@@ -280,7 +295,58 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
   return {y, logdet};
 }
 
+inline std::array<Parameters, 3> apart(const Tensor& packed, int64_t bins) {
+  require(packed.dim() > 0, "coupling: parameters need a dimension");
+  return {Parameters{&packed, 0, bins}, Parameters{&packed, bins, bins},
+          Parameters{&packed, 2 * bins, packed.size(packed.dim() - 1) - 2 * bins}};
+}
+
 // Fills the gradients of x, and of the parameters into `gradients`.
+template <class Backend>
+void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
+                     const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
+                     const SplineArguments& how, int64_t bins, Tensor grad_x);
+
+// The same for parameters that elements share.
+template <class Backend>
+void shared_spline_backward(SplineTensors t, const std::array<Parameters, 3>& gradients, const SplineArguments& how,
+                            int64_t bins) {
+  constexpr int64_t kFewestElements = 16;  // of a set of parameters; fewer are faster with gradients of their own
+  const Tensor &x = t.x, &first = *t.parameters[0].of;
+  std::vector<int64_t> sizes = sizes_of(first, x.dim()), every = sizes_of(x, x.dim()), shared;
+  int64_t sets = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    sets *= first.size(d);
+    if (share(x, first, d)) shared.push_back(d);
+  }
+  const int64_t count = t.parameters[0].count + t.parameters[1].count + t.parameters[2].count;
+  sizes.push_back(count), every.push_back(count);
+  // Gradients may pass through memory that has the dtype of the parameters, so that is the arithmetic's.
+  const ScalarType type = is_wide(x, t.parameters, how) ? ScalarType::Double : ScalarType::Float;
+  std::array<Tensor, 3> wide, views;
+  const auto parameters = made_anew(t.parameters, wide, [&](const Tensor& p) {
+    Tensor copy = contiguous_empty(p, sizes_of(p, p.dim()), type);
+    copy_(copy, p);
+    return copy;
+  });
+  t.shared = contiguous_empty(x, sizes, ScalarType::Double);
+  t.parameters = parameters;
+  if (x.numel() == 0) {
+    fill_(*t.shared, 0);
+  } else if (x.numel() < sets * kFewestElements || !run_spline<Backend, true>(t, how, bins)) {
+    const Tensor each = contiguous_empty(x, every, type);
+    spline_backward<Backend>(*t.grad_y, t.logdet, x, of_elements(x, parameters, views), apart(each, bins), how, bins,
+                             t.result);
+    t.shared = summed(each, shared, ScalarType::Double);
+  }
+  int64_t before = 0;
+  for (int k = 0; k < 3; before += gradients[k++].count) {
+    if (gradients[k].count == 0) continue;
+    Tensor gradient = sliced(*gradients[k].of, x.dim(), gradients[k].first, gradients[k].first + gradients[k].count);
+    copy_(gradient, sliced(*t.shared, x.dim(), before, before + gradients[k].count));
+  }
+}
+
 template <class Backend>
 void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                      const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
@@ -294,34 +360,11 @@ void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tens
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   t.backward = true;
   t.result = grad_x;
-  std::array<Tensor, 3> copies, wide, dense;
-  if (share(x, *parameters[0].of)) {
-    // In the precision of the arithmetic: gradients may pass through memory that has the dtype of the parameters.
-    t.parameters = copied(parameters, wide, is_wide(x, parameters, how) ? ScalarType::Double : ScalarType::Float);
-    std::vector<int64_t> sizes = sizes_of(*parameters[0].of, x.dim());
-    int64_t counts = 0;
-    for (int k = 0; k < 3; ++k) counts += parameters[k].count;
-    sizes.push_back(counts);
-    t.shared = contiguous_empty(x, sizes, ScalarType::Double);
-    if (x.numel() == 0) fill_(*t.shared, 0);
-  } else {
-    t.gradients = gradients;
-  }
-  const auto finish_shared = [&] {
-    int64_t before = 0;
-    for (int k = 0; t.shared && k < 3; before += gradients[k++].count) {
-      if (gradients[k].count == 0) continue;
-      Tensor gradient = sliced(*gradients[k].of, x.dim(), gradients[k].first, gradients[k].first + gradients[k].count);
-      copy_(gradient, sliced(*t.shared, x.dim(), before, before + gradients[k].count));
-    }
-  };
-  if (run_spline<Backend, true>(t, how, bins)) return finish_shared();
-  std::array<Parameters, 3> into = gradients;
-  for (int k = 0; k < 3; ++k) {
-    const bool packed = k > 0 && gradients[k].of == gradients[0].of;
-    if (!packed) dense[k] = contiguous(*gradients[k].of);
-    into[k].of = packed ? &dense[0] : &dense[k];
-  }
+  if (share(x, *parameters[0].of)) return shared_spline_backward<Backend>(t, gradients, how, bins);
+  t.gradients = gradients;
+  if (run_spline<Backend, true>(t, how, bins)) return;
+  std::array<Tensor, 3> copies, dense;
+  const auto into = copied(gradients, dense);
   const Tensor dense_x = contiguous(grad_x);
   spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), copied(parameters, copies), into,
                            copied(how), bins, dense_x);
@@ -344,11 +387,6 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   return grad_x;
 }
 
-inline std::array<Parameters, 3> apart(const Tensor& packed, int64_t bins) {
-  require(packed.dim() > 0, "coupling: parameters need a dimension");
-  return {Parameters{&packed, 0, bins}, Parameters{&packed, bins, bins},
-          Parameters{&packed, 2 * bins, packed.size(packed.dim() - 1) - 2 * bins}};
-}
 inline std::array<Parameters, 3> whole(const Tensor& widths, const Tensor& heights, const Tensor& derivatives) {
   const auto all = [](const Tensor& t) { return Parameters{&t, 0, t.size(t.dim() - 1)}; };
   require(widths.dim() > 0 && heights.dim() > 0 && derivatives.dim() > 0, "coupling: parameters need a dimension");

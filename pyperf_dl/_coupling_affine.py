@@ -24,6 +24,7 @@ from ._coupling_spline import (
     sample_dims_of,
     split_behind,
     transformed_channels,
+    transformed_shape,
 )
 from .reference import coupling as reference
 
@@ -45,7 +46,7 @@ def _fake_forward(x, scale, shift, *statics):
 
 def _fake_packed_forward(x, params, *statics):
     *_, split, sample_dims = statics
-    return fake_outputs(x, params.shape[:-1] if split else x.shape, sample_dims)
+    return fake_outputs(x, transformed_shape(x.shape, params.shape, split), sample_dims)
 
 
 def _fake_backward(grad_y, grad_logdet, *tensors_and_statics):
@@ -251,6 +252,13 @@ _LOG_SCALE: _Scale = ("exp", 0.0, 0.0, 0.0)
 _NEUTRAL = {"exp": 0.0, "tanh": 0.0, "atan": 0.0, "softclip": 0.0, "sigmoid": 1e4, "sigmoid_inv": 1e4}  # log s is 0
 
 
+def _mean(log: torch.Tensor, mask: torch.Tensor | None, dims: tuple[int, ...]) -> torch.Tensor:
+    """Of what counts."""
+    if mask is None:
+        return log.mean(dims, keepdim=True)
+    return torch.where(mask, log, 0.0).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp(min=1)
+
+
 def _adapted(
     scale: torch.Tensor,
     shift: torch.Tensor,
@@ -268,7 +276,7 @@ def _adapted(
         log = reference.log_scale(scale.to(reference.working_dtype(x)), *of_scale)
         dims = tuple(range(min(1, x.dim()) if sample_dims < 0 else sample_dims, x.dim()))
         if volume_preserving:
-            log = log - log.mean(dims, keepdim=True) if dims else torch.zeros_like(log)
+            log = log - _mean(log, mask, dims) if dims else torch.zeros_like(log)
         scale, shift, of_scale = log.to(x.dtype), shift.to(x.dtype), _LOG_SCALE
     if mask is not None:
         scale = torch.where(mask, scale, _NEUTRAL[of_scale[0]])
@@ -322,7 +330,8 @@ def affine_coupling(
             softplus(u) + min_scale, as in nflows with 1e-3. 0 for none.
         max_scale: beside a floor, the largest s, above min_scale, and no gradient beyond it.
         order: ``"scale_shift"`` or ``"shift_scale"``.
-        volume_preserving: log s less its mean over the summed dimensions, so that the log-det of a sample is 0 (GIN).
+        volume_preserving: log s less its mean over the summed dimensions, so that the log-det of a sample is 0 (GIN);
+            of what sample_mask lets through.
             FrEIA's GINCouplingBlock takes the mean over the channels: ``sum_dims=1``.
         sample_mask: bool, broadcasts to x's shape. Where it is False an element passes as it is, with a log-det of 0
             and no gradient for its parameters, whatever they are.
@@ -339,7 +348,7 @@ def affine_coupling(
     The log-det comes from u and never from log(exp(u)). y is infinite only where its exact value is not representable,
     finite inputs never give NaN, and a NaN stays in its element (and in the log-det of its sample). Deterministic: the
     same bits for any number of threads and SIMD level. Differentiable in all three tensors, twice too; they are all
-    that is saved. Dinh et al.: RealNVP (2017); Kingma and Dhariwal: Glow (2018); Sorrenson et al.: GIN (2020).
+    that is saved, but for what a mask or volume_preserving makes of scale and shift. Dinh et al.: RealNVP (2017); Kingma and Dhariwal: Glow (2018); Sorrenson et al.: GIN (2020).
 
     >>> x, u, t = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, -1.0]])
     >>> y, logdet = pyperf_dl.affine_coupling(x, u, t)
@@ -361,14 +370,12 @@ def affine_coupling(
     if volume_preserving or mask is not None:
         scale, shift, of_scale = _adapted(scale, shift, x, of_scale, volume_preserving, mask, inverse, sample_dims)
     y, total = _coupling(x, scale, shift, inverse, *of_scale, shift_first, sample_dims)
-    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, mask, sample_dims)
+    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, sample_dims)
 
 
-def _preserved(
-    total: torch.Tensor, x: torch.Tensor, volume_preserving: bool, mask: torch.Tensor | None, sample_dims: int
-) -> torch.Tensor:
+def _preserved(total: torch.Tensor, x: torch.Tensor, volume_preserving: bool, sample_dims: int) -> torch.Tensor:
     """Zeros where the log-dets of a sample are 0 but for rounding; 16 bits do not hold a mean of 0."""
-    exact = volume_preserving and mask is None and sample_dims >= 0 and x.dtype not in HALF_DTYPES
+    exact = volume_preserving and sample_dims >= 0 and x.dtype not in HALF_DTYPES
     return torch.zeros_like(total) if exact else total
 
 
@@ -427,7 +434,7 @@ def affine_coupling_packed(
         *pair, of_scale = _adapted(*pair, x, of_scale, volume_preserving, mask, inverse, sample_dims)
         params, shift_leads = torch.stack(pair, -1), False
     y, total = _packed(x, params, inverse, *of_scale, shift_first, shift_leads, split, sample_dims)
-    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, mask, sample_dims)
+    return (y if back is None else y.permute(back)), _preserved(total, x, volume_preserving, sample_dims)
 
 
 def additive_coupling(

@@ -46,8 +46,13 @@ def _fake_forward(x, *rest):
     return fake_outputs(x, x.shape, rest[_SAMPLE_DIMS])
 
 
+def transformed_shape(x: Sequence[int], params: Sequence[int], split: Sequence[int] | None) -> list[int]:
+    """Of the part of x that is transformed, for the shapes of x and of its parameters."""
+    return [params[d] if split and d == split[0] else size for d, size in enumerate(x)]
+
+
 def _fake_packed_forward(x, params, *rest):
-    return fake_outputs(x, params.shape[:-1] if rest[_SPLIT] else x.shape, rest[_SAMPLE_DIMS])
+    return fake_outputs(x, transformed_shape(x.shape, params.shape, rest[_SPLIT]), rest[_SAMPLE_DIMS])
 
 
 def _saved(tensors: int) -> Any:
@@ -104,8 +109,7 @@ def _operations(per_bin: int, per_element: int, x_at: int, packed: bool) -> Any:
         x, parameters = args[x_at], args[x_at + 1]
         if not packed:
             return math.prod(x) * (per_bin * parameters[-1] + per_element)
-        transformed = parameters[:-1] if args[_SPLIT] else x
-        return math.prod(transformed) * (per_bin * args[_BINS] + per_element)
+        return math.prod(transformed_shape(x, parameters, args[_SPLIT])) * (per_bin * args[_BINS] + per_element)
 
     return count
 
@@ -290,6 +294,7 @@ def transformed_channels(op: str, channels: Any, x: Any) -> tuple[torch.Size, li
     if step < 1:
         raise ValueError(f"{op}: channels must be a slice of ints with a step >= 1, got {channels}")
     count = len(range(first, last, step))
+    step = step if count > 1 else 1
     return torch.Size((x.shape[0], count, *x.shape[2:])), [1, first, step]
 
 
@@ -297,7 +302,7 @@ def _checked_parameters(
     op: str, name: str, value: Any, x: torch.Tensor, shape: Sequence[int] | None = None, *, shared: bool = False
 ) -> torch.Tensor:
     """`value` with the shape of x, or of the part of x that is transformed, and one dimension more. `shared`: with 1 in
-    place of a size along which it is repeated."""
+    place of a size along which it is repeated, except the channels of a part."""
     _checks.strided_tensor(op, name, value, DTYPES)
     checked_companion(op, name, value, x)
     if value.dim() == 0:
@@ -309,7 +314,8 @@ def _checked_parameters(
         repeated = value.expand(*shape, value.shape[-1])
         if not shared or not is_plain(x):  # a shard of x has a gradient of its own for what it shares
             return repeated
-        return value[(None,) * (len(shape) + 1 - value.dim())]
+        kept = value[(None,) * (len(shape) + 1 - value.dim())]
+        return kept if shape == x.shape else kept.expand(-1, shape[1], *[-1] * (len(shape) - 1))
     except RuntimeError:
         raise ValueError(
             f"{op}: {name} must have shape [*x.shape, parameters] or broadcast to it, got {list(value.shape)} for x "
@@ -483,7 +489,7 @@ def rational_quadratic_spline(
             results and gradients, NaN stays in its element.
 
     Deterministic: the same bits for any number of threads. Differentiable in x and the parameters, twice too; they and
-    a tensor of bounds are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019);
+    tensors of bounds and masks are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019);
     conventions of nflows 0.14.
 
     >>> x = torch.tensor([-2.0, -0.5, 0.5])
@@ -577,7 +583,7 @@ def rational_quadratic_spline_packed(
     tails = tuple(tails) if isinstance(tails, list) else tails
     _checks.strided_tensor(op, "x", x, DTYPES)
     shape, split = transformed_channels(op, channels, x)
-    params = _checked_parameters(op, "params", params, x, shape, shared=not split)
+    params = _checked_parameters(op, "params", params, x, shape, shared=True)
     bins = _checks.integer(op, "bins", bins, 1)
     how = _planned(
         op,

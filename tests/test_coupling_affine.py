@@ -535,7 +535,16 @@ def test_freia(block, name, activation, inverse):
 
 # ---- packed parameters, and some of the channels ----
 
-CHANNELS = [None, slice(0, 3), slice(3, None), slice(0, None, 2), slice(1, 5, 3), slice(-2, None), slice(2, 2)]
+CHANNELS = [
+    None,
+    slice(1, None, 10),
+    slice(0, 3),
+    slice(3, None),
+    slice(0, None, 2),
+    slice(1, 5, 3),
+    slice(-2, None),
+    slice(2, 2),
+]
 
 
 def packed_sample(shape, channels, layout, dtype=torch.float64):
@@ -663,6 +672,19 @@ def test_sample_masks_of_shifts():
         want[1:3, 3:] += -t[1:3] if inverse else t[1:3]
         assert torch.equal(y, want)
         assert not logdet.any()
+
+
+@pytest.mark.parametrize("activation", ["exp", "sigmoid", "softplus"])
+def test_padding_does_not_change_volume_preserving_couplings(activation):
+    x, u, t = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    how = {"activation": activation, "volume_preserving": True}
+    want, zeros = affine_coupling(x, u, t, **how)
+    padded = [torch.cat([v, torch.randn(3, 9, dtype=torch.float64)], 1) for v in (x, u, t)]
+    y, logdet = affine_coupling(*padded, sample_mask=torch.arange(13) < 4, **how)
+    torch.testing.assert_close(y[:, :4], want)
+    assert torch.equal(y[:, 4:], padded[0][:, 4:])
+    assert torch.equal(logdet, zeros)
+    assert not zeros.any()
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)

@@ -768,7 +768,8 @@ SHARED = [  # shapes of x, and the dimensions along which parameters are shared
     ((2, 3, 5, 7), (0, 2, 3)),
     ((4, 3, 40, 33), (0, 2)),
     ((2, 16, 64), (0, 1, 2)),
-    ((3, 4, 5), (1,)),
+    ((3, 4, 5), (1,)),  # few elements of a set: gradients of each, added up
+    ((2, 300), (0,)),
 ]
 
 
@@ -806,6 +807,21 @@ def test_sums_of_gradients_do_not_depend_on_threads(dtype):
         assert_same(results(x, params[:1], 5)[3], want[3])
 
 
+def test_shared_parameters_along_dimensions_that_cannot_be_walked():
+    """Every second one, of more than rows have: gradients of full size are made, and added up."""
+    for dims in (10, 13):
+        x, params = sample((2,) * dims, 3)
+        some = params[tuple(slice(None) if d % 2 else slice(1) for d in range(dims))]
+        mask = torch.rand((2,) * dims) < 0.5
+        how = {"sample_mask": mask, "tail_bound": torch.rand((2,) * (dims - 1) + (1,)) + 1, "logdet": "sum"}
+        got = results(x, some, 3, **how)
+        want = results(x, some.expand(params.shape).contiguous(), 3, **how)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert_same(a, b)
+        sums = want[3].sum(tuple(range(0, dims, 2)), keepdim=True, dtype=torch.float64)
+        torch.testing.assert_close(got[3], sums.float())
+
+
 def test_shared_parameters_without_elements():
     params = torch.randn(1, 3, 14, requires_grad=True)
     y, logdet = rational_quadratic_spline_packed(torch.zeros(0, 3), params, 5, logdet="sum")
@@ -813,7 +829,38 @@ def test_shared_parameters_without_elements():
     assert_same(params.grad, torch.zeros(1, 3, 14))
 
 
-CHANNELS = [slice(0, 3), slice(3, None), slice(None, None, 2), slice(1, None, 2), slice(2, 2), slice(-1, None), None]
+def test_channels_share_parameters():
+    x, params = sample((64, 6, 40), 5)
+    for channels, lead in (
+        (slice(3, None), (1, 3, 1)),
+        (slice(0, None, 3), (64, 1, 1)),
+        (slice(5, None, 9), (1, 1, 40)),
+    ):
+        some = params[tuple(slice(n) for n in lead)]
+        part = x[:, channels]
+        got = results(x, some, 5, channels=channels, logdet="sum")
+        want = results(part, some.expand(*part.shape, 14).contiguous(), 5, logdet="sum")
+        shared = [d for d in range(3) if lead[d] != part.shape[d]]
+        assert_same(got[0][:, channels], want[0])
+        assert_same(got[1], want[1])
+        # Gradients that come in are other ones: those of all channels.
+        y, logdet = rational_quadratic_spline_packed(x, (leaf := some.clone().requires_grad_()), 5, channels=channels)
+        (grad,) = torch.autograd.grad(y[:, channels].sum() + logdet.sum(), leaf)
+        every = some.expand(*part.shape, 14).clone().requires_grad_()
+        (each,) = torch.autograd.grad(sum(t.sum() for t in rational_quadratic_spline_packed(part, every, 5)), every)
+        torch.testing.assert_close(grad, each.sum(shared, keepdim=True, dtype=torch.float64).float())
+
+
+CHANNELS = [
+    slice(0, 3),
+    slice(4, None, 10),
+    slice(3, None),
+    slice(None, None, 2),
+    slice(1, None, 2),
+    slice(2, 2),
+    slice(-1, None),
+    None,
+]
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
@@ -1438,7 +1485,7 @@ def operator_calls():
         yield family._spline, (x, *split(params, 3), bound, None, *how)
         yield family._spline_backward, (*grads, x, *split(params, 3), bound, None, *how)
     x = torch.randn(3, 5, 2, dtype=torch.float64)
-    for sample_dims, channels, lead in ((-1, None, (1, 5, 1)), (1, [1, 0, 2], (3, 3, 2)), (2, None, (3, 1, 2))):
+    for sample_dims, channels, lead in ((-1, None, (1, 5, 1)), (1, [1, 0, 2], (1, 3, 1)), (2, None, (3, 1, 2))):
         params = torch.randn(*lead, 8, dtype=torch.float64).requires_grad_()
         how = (3, channels, *statics(sample_dims=sample_dims))
         mask = torch.rand(3, lead[1] if channels else 5, 2) < 0.6

@@ -85,6 +85,23 @@ inline Tensor sliced(const Tensor& t, int64_t dim, int64_t begin, int64_t end, i
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// A view of the given sizes, with stride 0 in place of 1s.
+inline Tensor expanded(const Tensor& t, const std::vector<int64_t>& sizes) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(t), from(sizes), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The sum over some dimensions, which stay with size 1.
+inline Tensor summed(const Tensor& t, const std::vector<int64_t>& dims, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(t), from(std::optional<std::vector<int64_t>>(dims)), from(true),
+                                    from(std::optional<ScalarType>(dtype))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sum", "dim_IntList", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The rows along `dim` of tensors that agree in all other sizes. Neighbouring dimensions are merged where they can be;
 // what does not fit kMaxRowDims afterwards is reported as `fits == false`, and the caller copies.
 template <int N>

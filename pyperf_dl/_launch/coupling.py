@@ -255,8 +255,7 @@ def _checked_part(x: torch.Tensor, params: torch.Tensor, split: Sequence[int] | 
         raise _refusal("split must be a dimension of x, the first channel, and a step", list(split))
     dim, first, step = split
     channels, count = x.shape[dim], params.shape[dim]
-    fits = 0 <= first <= channels and 1 <= step <= max(1, channels)
-    if not fits or (count and (count - 1) * step >= channels - first):
+    if first < 0 or step < 1 or count > channels - first or (count > 1 and (count - 1) * step >= channels - first):
         raise _refusal(f"split must lie in x, {list(x.shape)}", list(split))
     return reference.part_of(t, split, count)
 
