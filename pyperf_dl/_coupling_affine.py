@@ -348,7 +348,8 @@ def affine_coupling(
     The log-det comes from u and never from log(exp(u)). y is infinite only where its exact value is not representable,
     finite inputs never give NaN, and a NaN stays in its element (and in the log-det of its sample). Deterministic: the
     same bits for any number of threads and SIMD level. Differentiable in all three tensors, twice too; they are all
-    that is saved, but for what a mask or volume_preserving makes of scale and shift. Dinh et al.: RealNVP (2017); Kingma and Dhariwal: Glow (2018); Sorrenson et al.: GIN (2020).
+    that is saved, but for what a mask or volume_preserving makes of scale and shift. Dinh et al.: RealNVP (2017);
+    Kingma and Dhariwal: Glow (2018); Sorrenson et al.: GIN (2020).
 
     >>> x, u, t = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, -1.0]])
     >>> y, logdet = pyperf_dl.affine_coupling(x, u, t)

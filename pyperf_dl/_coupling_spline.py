@@ -489,8 +489,8 @@ def rational_quadratic_spline(
             results and gradients, NaN stays in its element.
 
     Deterministic: the same bits for any number of threads. Differentiable in x and the parameters, twice too; they and
-    tensors of bounds and masks are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows (2019);
-    conventions of nflows 0.14.
+    tensors of bounds and masks are all that is saved. Durkan, Bekasov, Murray, Papamakarios: Neural Spline Flows
+    (2019); conventions of nflows 0.14.
 
     >>> x = torch.tensor([-2.0, -0.5, 0.5])
     >>> widths = heights = torch.zeros(3, 4)
