@@ -1,22 +1,21 @@
 // Rational-quadratic splines on a CPU, a vector of elements at a time. Stamped once for each SIMD level
-// (simd_levels.h); prelude: that of elements.h, ../math/coupling.h, ../common/sample_units.h.
-#include "elements.h"
+// (simd_levels.h); prelude: that of parameter_rows.h, ../math/coupling.h, ../common/sample_units.h.
+#include "parameter_rows.h"
 //
 #include "../math/coupling_spline.h"
 
-constexpr int64_t kSumLanes = 16;  // of a sum of gradients, so that it does not depend on the width of vectors
+constexpr int64_t kSumLanes = 32;  // of a sum of gradients, so that it does not depend on the width of vectors
 
-// What a thread works in.
+// What a thread works in: blocks of two vectors of elements, so that the long chains of one hide behind the other's.
 template <class R>
 struct SplineScratch {
-  using M = VectorMachine<R>;
-  static constexpr int64_t L = M::kLanes;
+  static constexpr int64_t L = PairMachine<VectorMachine<R>>::kLanes;
   int64_t bins, parameters;
-  R* raw;                           // [parameters, L], replaced by their gradients
-  typename M::V *widths, *heights;  // [bins]: exponentials
-  R *x, *bound, *grad_y, *y;        // [L]
-  R* logdet;                        // [SampleUnits::kElements + L], of a unit; or the gradients
-  double* sums;                     // [parameters, kSumLanes], of shared gradients
+  R* raw;                     // [parameters, L], replaced by their gradients
+  R* exponentials;            // [2, bins, L]
+  R *x, *bound, *grad_y, *y;  // [L]
+  R* logdet;                  // [SampleUnits::kElements + L], of a unit; or the gradients
+  double* sums;               // [parameters, kSumLanes], of shared gradients
 
   static int64_t bytes(int64_t bins, int64_t parameters) {
     return int64_t(sizeof(R)) * ((parameters + 2 * bins + 4 + 1) * L + SampleUnits::kElements) +
@@ -24,8 +23,7 @@ struct SplineScratch {
   }
   SplineScratch(int64_t bins, int64_t parameters, void* memory) : bins(bins), parameters(parameters) {
     R* p = static_cast<R*>(memory);
-    widths = reinterpret_cast<typename M::V*>(p), p += bins * L;
-    heights = reinterpret_cast<typename M::V*>(p), p += bins * L;
+    exponentials = p, p += 2 * bins * L;
     raw = p, p += parameters * L;
     x = p, p += L;
     bound = p, p += L;
@@ -38,38 +36,44 @@ struct SplineScratch {
   void clear() const { std::fill_n(sums, parameters * kSumLanes, 0.0); }
   // Adds the gradients of n elements, the first of which is at `place` of the lanes.
   void add(int64_t place, int64_t n) const {
+    constexpr int64_t kLanes = VectorMachine<R>::kLanes;
     for (int64_t j = 0; j < parameters; ++j) {
       double* const to = sums + j * kSumLanes + place;
-      if (n < L) {
-        for (int64_t l = 0; l < n; ++l) to[l] += double(raw[j * L + l]);
-        continue;
+      const R* const from = raw + j * L;
+      int64_t l = 0;
+      for (; l + kLanes <= n; l += kLanes) {
+        LanesOf<double, kLanes> sum;
+        memcpy(&sum, to + l, sizeof sum);
+        sum += load_lanes<double, kLanes>(from + l);
+        memcpy(to + l, &sum, sizeof sum);
       }
-      LanesOf<double, L> sum;
-      memcpy(&sum, to, sizeof sum);
-      sum += load_lanes<double, L>(raw + j * L);
-      memcpy(to, &sum, sizeof sum);
+      for (; l < n; ++l) to[l] += double(from[l]);
     }
   }
 };
 
-// One vector of elements, from scratch memory to scratch memory.
-template <class R, bool kBackward>
-__attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const SplineScratch<R>& scratch, R* logdet) {
-  using M = VectorMachine<R>;
+// A block, or the first vector of it, from scratch memory to scratch memory. kBins: 0 where their number is known at
+// run time.
+template <class M, bool kBackward, int kBins, class R>
+__attribute__((noinline)) void spline_block_of(const coupling::Spline<R>& c, const SplineScratch<R>& scratch,
+                                               R* logdet) {
   using V = typename M::V;
-  constexpr int64_t L = M::kLanes;
-  const int64_t bins = c.bins;
+  constexpr int64_t L = SplineScratch<R>::L;
+  const int64_t bins = kBins ? kBins : c.bins;
   R* const raw = scratch.raw;
   const auto widths = [=](int64_t j) __attribute__((always_inline)) { return M::load(raw + j * L); };
   const auto heights = [=](int64_t j) __attribute__((always_inline)) { return M::load(raw + (bins + j) * L); };
   const auto derivatives = [=](int64_t j) __attribute__((always_inline)) { return M::load(raw + (2 * bins + j) * L); };
+  V held[2 * kBins + 1];
+  V* const ew = kBins ? held : reinterpret_cast<V*>(scratch.exponentials);
+  V* const eh = ew + bins;
   math::SplinePoint<M> point;
   const V x = M::load(scratch.x);
   const V bound = c.scaled ? M::load(scratch.bound) : V{};
-  math::spline_locate<M, 0, true>(c, x, bound, widths, heights, derivatives, scratch.widths, scratch.heights, point);
+  math::spline_locate<M, kBins, true>(c, x, bound, widths, heights, derivatives, ew, eh, point);
   if constexpr (kBackward) {
-    const V gradient = math::spline_gradients<M, 0, true>(
-        c, point, M::load(scratch.grad_y), M::load(logdet), widths, heights, scratch.widths, scratch.heights,
+    const V gradient = math::spline_gradients<M, kBins, true>(
+        c, point, M::load(scratch.grad_y), M::load(logdet), widths, heights, ew, eh,
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + j * L, g); },
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + (bins + j) * L, g); },
         [=](int64_t j, V g) __attribute__((always_inline)) { M::store(raw + (2 * bins + j) * L, g); });
@@ -80,6 +84,18 @@ __attribute__((noinline)) void spline_block(const coupling::Spline<R>& c, const 
     M::store(scratch.y, y);
     M::store(logdet, l);
   }
+}
+
+template <class R, bool kBackward>
+void spline_block(const coupling::Spline<R>& c, const SplineScratch<R>& scratch, int64_t n, R* logdet) {
+  using M = PairMachine<VectorMachine<R>>;
+  if (n <= VectorMachine<R>::kLanes) return spline_block_of<VectorMachine<R>, kBackward, 0>(c, scratch, logdet);
+  if constexpr (sizeof(R) == 4 && PYPERF_VECTOR_BYTES > 16) {
+    if (c.bins == 8) return spline_block_of<M, kBackward, 8>(c, scratch, logdet);
+    if (c.bins == 10) return spline_block_of<M, kBackward, 10>(c, scratch, logdet);
+    if (c.bins == 16) return spline_block_of<M, kBackward, 16>(c, scratch, logdet);
+  }
+  spline_block_of<M, kBackward, 0>(c, scratch, logdet);
 }
 
 // What the elements first, first + 1, ... have in `aside`; lanes behind the n-th repeat it.
@@ -95,29 +111,35 @@ void load_aside(const coupling::Aside& aside, int64_t first, int64_t n, int64_t 
   }
 }
 
+// Between storage and the numbers of a block of n elements.
 template <class R>
 struct SplineStorage {
   using Load = void (*)(const void*, const LaneOffsets& at, int64_t n, R*);
   using Store = void (*)(const R*, const LaneOffsets& at, int64_t n, void*);
   using LoadAside = void (*)(const coupling::Aside&, int64_t first, int64_t n, int64_t lanes, R*);
   using LoadParameters = void (*)(const void*, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, R*);
-  using StoreParameters = void (*)(const R*, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, void*);
+  using StoreParameters = void (*)(R*, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, void*);
+  static constexpr int64_t kLanes = VectorMachine<R>::kLanes, kPitch = SplineScratch<R>::L;
 
   template <class S>
   static void load(const void* p, const LaneOffsets& at, int64_t n, R* out) {
-    load_block(static_cast<const S*>(p), at, n, out);
+    for (int64_t i = 0; i < n; i += kLanes)
+      load_block(static_cast<const S*>(p), at.from(i), std::min(kLanes, n - i), out + i);
   }
   template <class S>
   static void store(const R* in, const LaneOffsets& at, int64_t n, void* p) {
-    store_block(in, at, n, static_cast<S*>(p));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_block(in + i, at.from(i), std::min(kLanes, n - i), static_cast<S*>(p));
   }
   template <class S>
   static void load_all(const void* p, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, R* out) {
-    load_parameters(static_cast<const S*>(p), at, stride, count, n, out);
+    for (int64_t i = 0; i < n; i += kLanes)
+      load_parameters(static_cast<const S*>(p), at.from(i), stride, count, std::min(kLanes, n - i), out + i, kPitch);
   }
   template <class S>
-  static void store_all(const R* in, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, void* p) {
-    store_parameters(in, at, stride, count, n, static_cast<S*>(p));
+  static void store_all(R* in, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, void* p) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_parameters(in + i, kPitch, at.from(i), stride, count, std::min(kLanes, n - i), static_cast<S*>(p));
   }
 
   Load load_input, load_logdet;
@@ -130,8 +152,9 @@ struct SplineStorage {
     with_storage(e.type, [&](auto s) { load_input = load<decltype(s)>, store_result = store<decltype(s)>; });
     with_storage(e.logdet_type, [&](auto s) { load_logdet = load<decltype(s)>, store_logdet = store<decltype(s)>; });
     load_bounds = e.logdet_type == Storage::f64 ? load_aside<double, R> : load_aside<float, R>;
-    with_storage(e.parameter_type,
-                 [&](auto s) { load_raw = load_all<decltype(s)>, store_raw = store_all<decltype(s)>; });
+    with_storage(e.parameter_type, [&](auto s) {
+      if constexpr (sizeof s <= sizeof(R)) load_raw = load_all<decltype(s)>, store_raw = store_all<decltype(s)>;
+    });
   }
 };
 
@@ -159,7 +182,7 @@ struct SplineWalk {
 template <class R, bool kBackward>
 struct SplineBlocks {
   static constexpr int64_t L = SplineScratch<R>::L;
-  static constexpr int64_t kAhead = 2;  // blocks
+  static constexpr int64_t kAhead = 1;  // blocks
 
   const coupling::SplineElements& e;
   const coupling::Spline<R>& c;
@@ -204,7 +227,7 @@ struct SplineBlocks {
       storage.load_input(at(kGradOutput, 0), lanes(kGradOutput), n, scratch.grad_y);
       if (!e.summed) storage.load_logdet(at(kLogdet, 0), lanes(kLogdet), n, logdet);
     }
-    spline_block<R, kBackward>(c, scratch, logdet);
+    spline_block<R, kBackward>(c, scratch, n, logdet);
     for (int64_t l = 0; e.mask.data && l < n; ++l) {
       if (on[l]) continue;
       scratch.y[l] = kBackward ? scratch.grad_y[l] : scratch.x[l];

@@ -1,7 +1,6 @@
 // Blocks of as many elements as a vector has lanes, between memory of any dtype and stride and R[]; stamped once for
-// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h and transpose.h, ../common/storage.h.
+// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h, ../common/storage.h.
 #include "machine.h"
-#include "transpose.h"
 
 template <class R, int kLanes>
 struct Lanes {
@@ -40,13 +39,18 @@ PYPERF_HD LanesOf<R, n> load_lanes(const S* p) {
   }
 }
 
+// Rounded to BFloat16, whose bits are the upper 16; those below are anything.
+template <int n>
+PYPERF_HD LanesOf<uint32_t, n> bfloat16_bits(LanesOf<float, n> v) {
+  const auto bits = (LanesOf<uint32_t, n>)v;
+  const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? LanesOf<uint32_t, n>{} + 0x7fc00000u : rounded;
+}
+
 template <int n, class R, class S>
 PYPERF_HD void store_lanes(LanesOf<R, n> v, S* p) {
   if constexpr (std::is_same_v<S, BFloat16> && sizeof(R) == 4) {
-    const auto bits = (LanesOf<uint32_t, n>)v;
-    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const auto kept = (bits & 0x7fffffffu) > 0x7f800000u ? LanesOf<uint32_t, n>{} + 0x7fc0u : rounded;
-    const auto half = __builtin_convertvector(kept, LanesOf<uint16_t, n>);
+    const auto half = __builtin_convertvector(bfloat16_bits<n>(v) >> 16, LanesOf<uint16_t, n>);
     memcpy(p, &half, sizeof half);
 #if PYPERF_VECTOR_BYTES >= 32
   } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 8) {
@@ -66,29 +70,16 @@ PYPERF_HD void store_lanes(LanesOf<R, n> v, S* p) {
   }
 }
 
-// The first n of kLanes lanes, and n lanes with copies of them behind.
-template <int n, class V, size_t... kLane>
-PYPERF_HD auto first_lanes(V v, std::index_sequence<kLane...>) {
-  return __builtin_shufflevector(v, v, int(kLane)...);
-}
-template <class R, int n, int kLanes>
-PYPERF_HD LanesOf<R, kLanes> widened(LanesOf<R, n> v) {
-  if constexpr (n == kLanes) {
-    return v;
-  } else {
-    const auto wider = first_lanes<2 * n>(v, std::make_index_sequence<2 * n>());
-    return widened<R, 2 * n, kLanes>(wider);
-  }
-}
-
 // Where the elements of a block are: a stride apart, or each at its place in a table.
 struct LaneOffsets {
   int64_t stride;
   const int64_t* table;  // null: none
   int64_t pitch;         // of the table
+  int64_t first = 0;     // element of the block
 
-  PYPERF_HD int64_t operator[](int64_t i) const { return table ? table[i * pitch] : i * stride; }
+  PYPERF_HD int64_t operator[](int64_t i) const { return table ? table[(first + i) * pitch] : (first + i) * stride; }
   PYPERF_HD bool apart_by(int64_t step) const { return !table && stride == step; }
+  PYPERF_HD LaneOffsets from(int64_t i) const { return {stride, table, pitch, first + i}; }
 };
 
 PYPERF_HD void prefetch(const char* p, int64_t bytes) {
@@ -100,7 +91,7 @@ template <class R, class S>
 PYPERF_HD void load_block(const S* p, const LaneOffsets& at, int64_t n, R* out) {
   constexpr int L = VectorMachine<R>::kLanes;
   if (at.apart_by(1) && n == L) {
-    const auto v = load_lanes<R, L>(p);
+    const auto v = load_lanes<R, L>(p + at[0]);
     memcpy(out, &v, sizeof v);
     return;
   }
@@ -113,60 +104,8 @@ PYPERF_HD void store_block(const R* in, const LaneOffsets& at, int64_t n, S* p) 
   if (at.apart_by(1) && n == L) {
     LanesOf<R, L> v;
     memcpy(&v, in, sizeof v);
-    store_lanes<L, R>(v, p);
+    store_lanes<L, R>(v, p + at[0]);
     return;
   }
   for (int64_t i = 0; i < n; ++i) p[at[i]] = stored<S, R>(in[i]);
-}
-
-// Rows of `count` neighbouring parameters, one row an element, turned so that out[j * L + i] is parameter j of element
-// i; kWidth <= count of them at a time, the last ones overlapping.
-template <class R, int kWidth, class S>
-PYPERF_HD void load_rows(const S* p, const LaneOffsets& at, int64_t count, int64_t n, R* out) {
-  constexpr int L = VectorMachine<R>::kLanes;
-  for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
-    LanesOf<R, L> rows[L];
-    for (int i = 0; i < L; ++i)
-      rows[i] = widened<R, kWidth, L>(load_lanes<R, kWidth>(p + at[std::min<int64_t>(i, n - 1)] + first));
-    transpose<L>(rows);
-    for (int j = 0; j < kWidth; ++j) memcpy(out + (first + j) * L, &rows[j], sizeof rows[j]);
-    if (first + kWidth == count) return;
-  }
-}
-template <class R, int kWidth, class S>
-PYPERF_HD void store_rows(const R* in, const LaneOffsets& at, int64_t count, int64_t n, S* p) {
-  constexpr int L = VectorMachine<R>::kLanes;
-  for (int64_t first = 0;; first = std::min(first + kWidth, count - kWidth)) {
-    LanesOf<R, L> rows[L] = {};
-    for (int j = 0; j < kWidth; ++j) memcpy(&rows[j], in + (first + j) * L, sizeof rows[j]);
-    transpose<L>(rows);
-    for (int i = 0; i < L; ++i)
-      if (i < n)
-        store_lanes<kWidth, R>(first_lanes<kWidth>(rows[i], std::make_index_sequence<kWidth>()), p + at[i] + first);
-    if (first + kWidth == count) return;
-  }
-}
-
-// Parameters of a block of elements: out[j * L + i] is parameter j of element i.
-template <class R, class S>
-void load_parameters(const S* p, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, R* out) {
-  constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && !at.apart_by(1) && count >= L / 4 && count >= 2) {
-    if (count >= L) return load_rows<R, L>(p, at, count, n, out);
-    if constexpr (L >= 4)
-      if (count >= L / 2) return load_rows<R, L / 2>(p, at, count, n, out);
-    if constexpr (L >= 8) return load_rows<R, L / 4>(p, at, count, n, out);
-  }
-  for (int64_t j = 0; j < count; ++j) load_block(p + j * stride, at, n, out + j * L);
-}
-template <class R, class S>
-void store_parameters(const R* in, const LaneOffsets& at, int64_t stride, int64_t count, int64_t n, S* p) {
-  constexpr int L = VectorMachine<R>::kLanes;
-  if (stride == 1 && !at.apart_by(1) && count >= L / 4 && count >= 2) {
-    if (count >= L) return store_rows<R, L>(in, at, count, n, p);
-    if constexpr (L >= 4)
-      if (count >= L / 2) return store_rows<R, L / 2>(in, at, count, n, p);
-    if constexpr (L >= 8) return store_rows<R, L / 4>(in, at, count, n, p);
-  }
-  for (int64_t j = 0; j < count; ++j) store_block(in + j * L, at, n, p + j * stride);
 }

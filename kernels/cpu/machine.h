@@ -28,6 +28,12 @@ struct VectorMachine {
     else
       return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GE_OQ);
   }
+  PYPERF_HD static Mask equal(V a, V b) {
+    if constexpr (sizeof(R) == 4)
+      return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+    else
+      return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+  }
   PYPERF_HD static bool all(Mask m) { return m == Mask(-1); }
   PYPERF_HD static V select(Mask m, V a, V b) {
     if constexpr (sizeof(R) == 4)
@@ -69,6 +75,7 @@ struct VectorMachine {
   using Mask = Int;
   PYPERF_HD static Mask less(V a, V b) { return a < b; }
   PYPERF_HD static Mask at_least(V a, V b) { return a >= b; }
+  PYPERF_HD static Mask equal(V a, V b) { return a == b; }
   PYPERF_HD static V select(Mask m, V a, V b) { return m ? a : b; }
   PYPERF_HD static V scaled(V v, V n) { return math::scaled_in_steps<VectorMachine>(v, n); }
 #if PYPERF_VECTOR_BYTES == 32
@@ -170,4 +177,62 @@ struct VectorMachine {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
   }
 #endif
+};
+
+// Two of a kind, with the operators of one.
+template <class T>
+struct Two {
+  T a, b;
+};
+#define PYPERF_OPERATOR_OF_TWO(op)                   \
+  template <class T>                                 \
+  PYPERF_HD Two<T> operator op(Two<T> x, Two<T> y) { \
+    return {T(x.a op y.a), T(x.b op y.b)};           \
+  }                                                  \
+  template <class T, class S>                        \
+  PYPERF_HD Two<T> operator op(Two<T> x, S y) {      \
+    return {T(x.a op y), T(x.b op y)};               \
+  }                                                  \
+  template <class T, class S>                        \
+  PYPERF_HD Two<T> operator op(S x, Two<T> y) {      \
+    return {T(x op y.a), T(x op y.b)};               \
+  }
+PYPERF_OPERATOR_OF_TWO(+)
+PYPERF_OPERATOR_OF_TWO(-)
+PYPERF_OPERATOR_OF_TWO(*)
+PYPERF_OPERATOR_OF_TWO(/)
+PYPERF_OPERATOR_OF_TWO(&)
+PYPERF_OPERATOR_OF_TWO(|)
+PYPERF_OPERATOR_OF_TWO(<<)
+PYPERF_OPERATOR_OF_TWO(>>)
+#undef PYPERF_OPERATOR_OF_TWO
+template <class T>
+PYPERF_HD Two<T> operator-(Two<T> x) {
+  return {-x.a, -x.b};
+}
+
+// Two values of a machine as one, for code that is one long chain: a processor does not look far enough ahead to work
+// on two such chains unless their instructions alternate.
+template <class M>
+struct PairMachine {
+  using R = typename M::R;
+  using V = Two<typename M::V>;
+  using Int = Two<typename M::Int>;
+  using Mask = Two<typename M::Mask>;
+  static constexpr int kLanes = 2 * M::kLanes;
+
+  PYPERF_HD static V of(R r) { return {M::of(r), M::of(r)}; }
+  PYPERF_HD static Int bits(V a) { return {M::bits(a.a), M::bits(a.b)}; }
+  PYPERF_HD static V from_bits(Int i) { return {M::from_bits(i.a), M::from_bits(i.b)}; }
+  PYPERF_HD static Mask less(V a, V b) { return {M::less(a.a, b.a), M::less(a.b, b.b)}; }
+  PYPERF_HD static Mask at_least(V a, V b) { return {M::at_least(a.a, b.a), M::at_least(a.b, b.b)}; }
+  PYPERF_HD static Mask equal(V a, V b) { return {M::equal(a.a, b.a), M::equal(a.b, b.b)}; }
+  PYPERF_HD static V select(Mask m, V a, V b) { return {M::select(m.a, a.a, b.a), M::select(m.b, a.b, b.b)}; }
+  PYPERF_HD static V larger(V a, V b) { return {M::larger(a.a, b.a), M::larger(a.b, b.b)}; }
+  PYPERF_HD static V smaller(V a, V b) { return {M::smaller(a.a, b.a), M::smaller(a.b, b.b)}; }
+  PYPERF_HD static V fma(V a, V b, V c) { return {M::fma(a.a, b.a, c.a), M::fma(a.b, b.b, c.b)}; }
+  PYPERF_HD static V sqrt(V a) { return {M::sqrt(a.a), M::sqrt(a.b)}; }
+  PYPERF_HD static V scaled(V v, V n) { return {M::scaled(v.a, n.a), M::scaled(v.b, n.b)}; }
+  PYPERF_HD static V load(const R* p) { return {M::load(p), M::load(p + M::kLanes)}; }
+  PYPERF_HD static void store(R* p, V v) { M::store(p, v.a), M::store(p + M::kLanes, v.b); }
 };

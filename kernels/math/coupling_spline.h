@@ -6,22 +6,39 @@
 // gives NaN.
 namespace math {
 
+// f(from), ..., f(count - 1); kCount: the same number, or 0 where it is known at run time.
+template <int kFrom, class F, int... kStep>
+PYPERF_HD void each_of(const F& f, std::integer_sequence<int, kStep...>) {
+  (f(kFrom + kStep), ...);
+}
+template <int kFrom, int kCount, class F>
+PYPERF_HD void each(int count, const F& f) {
+  if constexpr (kCount > 0) {
+    each_of<kFrom>(f, std::make_integer_sequence<int, kCount - kFrom>());
+  } else {
+    for (int j = kFrom; j < count; ++j) f(j);
+  }
+}
+#define PYPERF_EACH [&](int j) __attribute__((always_inline))
+
 // A running sum in groups of 4, 16 and 64, so that its error is that of a few additions and not of all.
 template <class M>
 struct RunningSum {
-  Value<M> by_4, by_16, by_64, large, before;  // all 0 in the beginning
+  Value<M> by_4, by_16, by_64, large;
+  Value<M> whole, before;  // of whole groups of 16 and of 4
 
-  // count: the terms so far, this one included
-  PYPERF_HD void add(Value<M> term, int count) {
-    const auto zero = M::of(0);
-    by_4 = by_4 + term;
-    if (count % 4) return;
-    by_16 = by_16 + by_4, by_4 = zero;
-    if (count % 16 == 0) by_64 = by_64 + by_16, by_16 = zero;
-    if (count % 64 == 0) large = large + by_64, by_64 = zero;
-    before = large + by_64 + by_16;
+  // The sum with the term; count: the terms so far, this one included. 0 is not added: this is a chain.
+  PYPERF_HD Value<M> add(Value<M> term, int count) {
+    by_4 = count % 4 == 1 ? term : by_4 + term;
+    if (count % 4) return count > 4 ? before + by_4 : by_4;
+    by_16 = count % 16 == 4 ? by_4 : by_16 + by_4;
+    before = count > 16 ? whole + by_16 : by_16;
+    if (count % 16) return before;
+    by_64 = count % 64 == 16 ? by_16 : by_64 + by_16;
+    whole = count > 64 ? large + by_64 : by_64;
+    if (count % 64 == 0) large = whole;
+    return before = whole;
   }
-  PYPERF_HD Value<M> value() const { return before + by_4; }
 };
 
 // One side's softmax, and the bin: exponentials in front of it and its own, and what one unit of them is worth.
@@ -39,11 +56,17 @@ struct SplinePoint {
   V d0, d1, bend0, bend1;               // slopes at its ends, and their derivatives by the raw parameters
   V s, theta, phi;                      // h / w; how far the point is from both ends: theta + phi = 1
   V below, above, top;                  // slope = s^2 above / below^2, y = y_edge + h top / below
-  V excess, edge_slope;                 // beyond the box, along x, not scaled; the slope at the nearer corner
+  V excess;                             // beyond the box, along x, not scaled
   V bound;                              // with its sign, where boxes are scaled; NaN where it bounds nothing
   typename M::Mask inside, last, high;  // high: beyond the upper corner
   typename M::Mask free0, free1;        // the slopes at the bin's ends are parameters, where tails are mixed
 };
+
+// At the corner that is nearer to a point beyond the box.
+template <class M>
+PYPERF_HD Value<M> edge_slope(const SplinePoint<M>& p) {
+  return M::select(p.high, p.d1, p.d0);
+}
 
 // u / (1 + |u| / bend), and its derivative.
 template <class M>
@@ -58,24 +81,23 @@ PYPERF_HD Value<M> soft_clipped(Value<M> u, typename M::R inverse_bend, Value<M>
 template <class M, int kBins, class Raw>
 PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
   const int bins = kBins ? kBins : c.bins;
-#pragma unroll
-  for (int j = 0; j < bins; ++j) e[j] = raw(j);
+  const bool held = M::kLanes == 1 || c.exponential;  // a CPU reads raw logits again, a GPU has them in registers
+  if (held) each<0, kBins>(bins, PYPERF_EACH { e[j] = raw(j); });
   if (c.exponential) {
     Value<M> derivative;
-#pragma unroll
-    for (int j = 0; j < bins; ++j) e[j] = soft_clipped<M>(e[j], c.inverse_curve * typename M::R(2), derivative);
+    each<0, kBins>(bins, PYPERF_EACH { e[j] = soft_clipped<M>(e[j], c.inverse_curve * typename M::R(2), derivative); });
   }
-  auto largest = e[0];
-#pragma unroll
-  for (int j = 1; j < bins; ++j) largest = M::larger(largest, e[j]);
-  const auto zero = M::of(0);
-  RunningSum<M> sum{zero, zero, zero, zero, zero};
-#pragma unroll
-  for (int j = 0; j < bins; ++j) {
-    e[j] = exp_of_share<M>((e[j] - largest) * c.logit_scale);
-    sum.add(e[j], j + 1);
-  }
-  return sum.value();
+  const auto logit = [&](int j) __attribute__((always_inline)) { return held ? e[j] : raw(j); };
+  auto largest = logit(0);
+  each<1, kBins>(bins, PYPERF_EACH { largest = M::larger(largest, logit(j)); });
+  auto total = M::of(0);
+  RunningSum<M> sum{total, total, total, total, total, total};
+  each<0, kBins>(
+      bins, PYPERF_EACH {
+        e[j] = exp_of_share<M>((logit(j) - largest) * c.logit_scale);
+        total = sum.add(e[j], j + 1);
+      });
+  return total;
 }
 
 // The slope that a raw derivative stands for, and its derivative.
@@ -91,6 +113,18 @@ PYPERF_HD Value<M> spline_slope(const coupling::Spline<typename M::R>& c, Value<
   const auto large = M::less(M::of(c.largest_slope), slope);
   bend = M::select(large, M::of(0), bend);
   return M::select(large, M::of(c.largest_slope), slope);
+}
+
+// Where a bin starts. The small terms are added to a sum that is near the result, not to the corner of the box; in
+// double precision to that, where the sum is so exact that its last bits are made 0 with it: knots at 0 are wanted
+// there.
+template <class M>
+PYPERF_HD Value<M> spline_edge(const SplineSide<M>& side, Value<M> k, typename M::R least, Value<M> rest,
+                               typename M::R corner) {
+  if constexpr (sizeof(corner) == 4)
+    return M::fma(side.before, side.per_unit, M::of(corner)) + M::fma(side.before, rest, k * least);
+  else
+    return M::fma(side.before, side.per_unit, M::fma(side.before, rest, M::fma(k, M::of(least), M::of(corner))));
 }
 
 // Finds the bin of x (of y, where the spline is inverted) and where in it the point lies, in the box that is not
@@ -135,40 +169,37 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
     i = i == count && closed ? 0 : i;
     return i >= 0 && i < count ? raw_d(i) : M::of(R(0));
   };
-  RunningSum<M> w_sum{zero, zero, zero, zero, zero}, h_sum = w_sum;
+  RunningSum<M> w_sum{zero, zero, zero, zero, zero, zero}, h_sum = w_sum;
   auto raw0 = knot(first_knot), next = knot(first_knot + 1), raw1 = next;
   p.k = zero;
   auto number = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
-#pragma unroll
-  for (int j = 1; j < bins; ++j) {
-    w_sum.add(ew[j - 1], j), h_sum.add(eh[j - 1], j);
-    const auto w_before = w_sum.value(), h_before = h_sum.value();
-    number = number + one;
-    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
-    const auto reached = M::at_least(t, edge);
-    p.width.before = M::select(reached, w_before, p.width.before);
-    p.height.before = M::select(reached, h_before, p.height.before);
-    p.width.own = M::select(reached, ew[j], p.width.own);
-    p.height.own = M::select(reached, eh[j], p.height.own);
-    p.k = M::select(reached, number, p.k);
-    if constexpr (M::kLanes > 1) {
-      const auto left = next;
-      next = knot(first_knot + j + 1);
-      raw0 = M::select(reached, left, raw0);
-      raw1 = M::select(reached, next, raw1);
-    }
-  }
+  each<1, kBins>(
+      bins, PYPERF_EACH {
+        const auto w_before = w_sum.add(ew[j - 1], j), h_before = h_sum.add(eh[j - 1], j);
+        number = number + one;
+        const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
+        const auto reached = M::at_least(t, edge);
+        p.width.before = M::select(reached, w_before, p.width.before);
+        p.height.before = M::select(reached, h_before, p.height.before);
+        p.width.own = M::select(reached, ew[j], p.width.own);
+        p.height.own = M::select(reached, eh[j], p.height.own);
+        p.k = M::select(reached, number, p.k);
+        if constexpr (M::kLanes > 1) {
+          const auto left = next;
+          next = knot(first_knot + j + 1);
+          raw0 = M::select(reached, left, raw0);
+          raw1 = M::select(reached, next, raw1);
+        }
+      });
   if constexpr (M::kLanes == 1) {
     const int k = int(p.k);
     raw0 = knot(first_knot + k);
     raw1 = knot(first_knot + k + 1);
   }
   p.last = M::at_least(p.k, M::of(R(bins - 1)));
-  const auto w_least = M::fma(p.k, M::of(c.least_width), M::of(c.left));
-  const auto h_least = M::fma(p.k, M::of(c.least_height), M::of(c.bottom));
-  p.x_edge = M::fma(p.width.before, p.width.per_unit, M::fma(p.width.before, w_rest, w_least));
-  p.y_edge = M::fma(p.height.before, p.height.per_unit, M::fma(p.height.before, h_rest, h_least));
+  p.x_edge = spline_edge<M>(p.width, p.k, c.least_width, w_rest, c.left);
+  p.y_edge = spline_edge<M>(p.height, p.k, c.least_height, h_rest, c.bottom);
   p.w = M::fma(p.width.own, p.width.per_unit, M::of(c.least_width));
   p.h = M::fma(p.height.own, p.height.per_unit, M::of(c.least_height));
 
@@ -207,8 +238,7 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.above = M::fma(p.d1, theta2, M::fma(p.d0, phi2, p.s * q * R(2)));
   p.top = M::fma(p.s, theta2, p.d0 * q);
   p.excess = scaled ? M::fma(-t, abs<M>(p.bound), at) : at - t;
-  p.edge_slope = M::select(p.high, p.d1, p.d0);
-  if (c.inverse) p.excess = p.excess / p.edge_slope;
+  if (c.inverse) p.excess = p.excess / edge_slope<M>(p);
 }
 
 template <class M, bool kScaled>
@@ -228,7 +258,7 @@ PYPERF_HD void spline_value(const coupling::Spline<typename M::R>& c, const Spli
   }
   if (kScaled && c.scaled) y = y * abs<M>(p.bound);
   if (c.tails == coupling::Tails::bounded) {
-    y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, p.edge_slope, y));
+    y = M::select(p.inside, y, c.inverse ? y + p.excess : M::fma(p.excess, edge_slope<M>(p), y));
     y = M::select(M::at_least(at, at), y, at);
   } else {
     y = M::select(p.inside, y, at);
@@ -257,7 +287,7 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
   const auto by = p.s / p.below, per_s = one / p.s, per_below = by * per_s, per_above = one / p.above,
              per_w = one / p.w;
-  const auto slope = M::select(p.inside, by * p.above * by, p.edge_slope);
+  const auto slope = M::select(p.inside, by * p.above * by, edge_slope<M>(p));
   // d log slope / d theta
   const auto lean = ((M::fma(p.d1, p.theta, -p.d0 * p.phi) + p.s * (p.phi - p.theta)) * per_above -
                      (p.d0 + p.d1 - p.s * R(2)) * (p.phi - p.theta) * per_below) *
@@ -276,14 +306,14 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     grad_in = M::fma(gy, slope, gl * lean * per_w);
     grad_in = M::select(p.inside, grad_in, bounded ? gy * slope : gy);
   }
-  const auto gh = gy * p.h * q * per_below * per_below;
+  const auto share = q * per_below, gh = gy * (p.s * p.w) * share * per_below;
   const auto by_s =
       M::fma(gh, p.d1 * theta2 - p.d0 * phi2, gl * R(2) * (per_s + q * per_above - (theta2 + phi2) * per_below));
-  auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - q * per_below * R(2)));
-  auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - q * per_below * R(2)));
+  auto by_d0 = M::fma(gh, M::fma(p.s, phi2, p.d1 * q), gl * (phi2 * per_above - share * R(2)));
+  auto by_d1 = M::fma(-gh, p.top, gl * (theta2 * per_above - share * R(2)));
   by_d0 = by_d0 * p.bend0, by_d1 = by_d1 * p.bend1;
   // By an input outside the box.
-  const auto grad_outside = !bounded ? grad_y : c.inverse ? grad_y / p.edge_slope : grad_y * p.edge_slope;
+  const auto grad_outside = !bounded ? grad_y : c.inverse ? grad_y / edge_slope<M>(p) : grad_y * edge_slope<M>(p);
   if (bounded) {  // held within the numbers, so that a slope which does not bend gets 0 however far x is
     const auto most = M::of(FloatFormat<R>::kLargest);
     const auto excess = clamp<M>(p.excess, -most, most) * M::select(p.high, p.bend1, p.bend0);
@@ -297,36 +327,38 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
 
   // By a bin's size and by the corner where it starts, then through the softmax: its share times one of three numbers.
   // A bin that moves takes the curve along.
-  const auto w_edge = c.inverse ? grad_out : -grad_in, w_own = M::fma(w_edge, p.theta, -by_s * p.s * per_w);
-  const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_s * per_w);
+  const auto by_size = by_s * per_w;
+  const auto w_edge = c.inverse ? grad_out : -grad_in, w_own = M::fma(w_edge, p.theta, -by_size * p.s);
+  const auto h_edge = gy, h_own = M::fma(gy, p.top * per_below, by_size);
   const auto w_mean = p.width.inverse_sum * M::fma(w_edge, p.width.before, w_own * p.width.own);
   const auto h_mean = p.height.inverse_sum * M::fma(h_edge, p.height.before, h_own * p.height.own);
-  const auto w_unit = M::select(p.inside, p.width.per_unit * c.logit_scale, none);
-  const auto h_unit = M::select(p.inside, p.height.per_unit * c.logit_scale, none);
+  const auto w_unit = M::select(p.inside, p.width.inverse_sum * (c.width_room * c.logit_scale), none);
+  const auto h_unit = M::select(p.inside, p.height.inverse_sum * (c.height_room * c.logit_scale), none);
   const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
   const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
   auto number = zero;
-#pragma unroll
-  for (int j = 0; j < bins; ++j) {
-    const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
-    const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
-    const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
-    if (c.exponential) {
-      Value<M> w_clip, h_clip;
-      soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
-      soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
-      put_w(j, gw * w_clip);
-      put_h(j, ge * h_clip);
-    } else {
-      put_w(j, gw);
-      put_h(j, ge);
-    }
-    number = number + one;
-  }
+  each<0, kBins>(
+      bins, PYPERF_EACH {
+        const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
+        const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
+        const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
+        if (c.exponential) {
+          Value<M> w_clip, h_clip;
+          soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
+          soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
+          put_w(j, gw * w_clip);
+          put_h(j, ge * h_clip);
+        } else {
+          put_w(j, gw);
+          put_h(j, ge);
+        }
+        number = number + one;
+      });
   const int count = bins + c.extra_derivatives();
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
   auto right = left + R(1);
-  if (c.tails == Tails::circular || mixed) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
+  const bool right_is_first = c.tails == Tails::circular || mixed;  // of the last bin
+  if (right_is_first) right = M::select(M::at_least(right, M::of(R(bins))), zero, right);
   const int most = kBins ? kBins + 1 : count;
   if constexpr (M::kLanes == 1) {
 #pragma unroll
@@ -336,15 +368,15 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
     if (l >= 0 && l < count) put_d(l, by_d0 + (l == r ? by_d1 : zero));
     if (l != r && r < count) put_d(r, by_d1 + zero);
   } else {
+    by_d0 = by_d0 + (bins == 1 && right_is_first ? by_d1 : zero), by_d1 = by_d1 + zero;  // as above: never -0
     number = zero;
-#pragma unroll
-    for (int j = 0; j < most; ++j) {
-      if (kBins && j >= count) break;
-      const auto is_left = M::at_least(left, number) & M::at_least(number, left);
-      const auto is_right = M::at_least(right, number) & M::at_least(number, right);
-      put_d(j, M::select(is_left, by_d0, none) + M::select(is_right, by_d1, none));
-      number = number + one;
-    }
+    each<0, kBins ? kBins + 1 : 0>(
+        count, PYPERF_EACH {
+          if (kBins && j >= count) return;
+          const auto own = M::select(M::equal(right, number), by_d1, none);
+          put_d(j, M::select(M::equal(left, number), by_d0, own));
+          number = number + one;
+        });
   }
   if (scaled) {
     grad_in = M::select(p.inside, grad_in / abs<M>(p.bound), grad_outside);

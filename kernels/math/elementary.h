@@ -4,7 +4,7 @@
 // A machine M says what a value is and does what an operator cannot say:
 //   M::V             the value: a scalar, or a vector of the compiler's; + - * / work on it
 //   M::R, M::Int     its scalar, and the integers of that width
-//   M::Mask          the result of M::less and M::at_least; & and | work on it, M::all(mask) is a bool
+//   M::Mask          the result of M::less, M::at_least and M::equal; & and | work on it, M::all(mask) is a bool
 //   M::of, fma, sqrt, select(mask, a, b), bits, from_bits, scaled(v, n) = v * 2^n for a whole n,
 //   larger(a, b), smaller(a, b): b where either is NaN
 // Errors in ulps are tested (tests/native/elementary_cpu.cpp).
@@ -22,7 +22,7 @@ struct FloatFormat<float> {
   static constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to whole numbers
   static constexpr float kLog2High = 0.693359375f;  // n * this is exact for the exponents n
   static constexpr float kLog2Low = -2.12194440e-4f;
-  static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f, kExpLowestNormal = -87.0f;
+  static constexpr float kExpLowest = -104.0f, kExpHighest = 89.0f;
   static constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
   static constexpr float kSubnormalScale = 16777216.0f;  // 2^24
   static constexpr int kSubnormalExponent = 24;
@@ -34,7 +34,7 @@ struct FloatFormat<double> {
   static constexpr double kRound = 6755399441055744.0;
   static constexpr double kLog2High = 6.93147180369123816490e-01;
   static constexpr double kLog2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpLowest = -746.0, kExpHighest = 710.0, kExpLowestNormal = -708.0;
+  static constexpr double kExpLowest = -746.0, kExpHighest = 710.0;
   static constexpr double kSmallestNormal = 2.2250738585072014e-308, kLargest = 1.7976931348623157e308;
   static constexpr double kSubnormalScale = 18014398509481984.0;  // 2^54
   static constexpr int kSubnormalExponent = 54;
@@ -73,6 +73,7 @@ struct ScalarMachine {
   PYPERF_HD static bool all(Mask m) { return m; }
   PYPERF_HD static Mask less(V a, V b) { return a < b; }
   PYPERF_HD static Mask at_least(V a, V b) { return a >= b; }
+  PYPERF_HD static Mask equal(V a, V b) { return a == b; }
   PYPERF_HD static V larger(V a, V b) { return a > b ? a : b; }
   PYPERF_HD static V smaller(V a, V b) { return a < b ? a : b; }
   PYPERF_HD static V fma(V a, V b, V c) {
@@ -142,14 +143,12 @@ PYPERF_HD Value<M> scaled_in_steps(Value<M> v, Value<M> n) {
   return v * M::from_bits((rest + typename F::Int(F::kBias)) << F::kMantissa);
 }
 
-// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500. n is in
-// the low bits of `rounding` too.
+// exp(x) = (1 + f) * 2^n with -0.3 < f < 0.42; returns f. Beyond the range of exp itself too, up to |x| = 1500.
 template <class M>
-PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n, Value<M>& rounding) {
+PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
   using R = typename M::R;
   using F = FloatFormat<R>;
-  rounding = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound));
-  n = rounding - F::kRound;
+  n = M::fma(x, M::of(R(1.4426950408889634)), M::of(F::kRound)) - F::kRound;
   auto r = M::fma(n, M::of(-F::kLog2High), x);
   r = M::fma(n, M::of(-F::kLog2Low), r);
   Value<M> p;
@@ -164,12 +163,6 @@ PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n, Value<M>& rounding) {
 }
 
 template <class M>
-PYPERF_HD Value<M> exp_parts(Value<M> x, Value<M>& n) {
-  Value<M> rounding;
-  return exp_parts<M>(x, n, rounding);
-}
-
-template <class M>
 PYPERF_HD Value<M> exp(Value<M> x) {
   using F = FloatFormat<typename M::R>;
   Value<M> n;
@@ -177,13 +170,26 @@ PYPERF_HD Value<M> exp(Value<M> x) {
   return M::scaled(f + typename M::R(1), n);
 }
 
-// exp(x) for x <= 0 in a sum whose largest term is 1: exact down to -87 (double: -708), constant below. Half the work.
+// exp(x) for x <= 0 in a sum whose largest term is 1: constant where that would not be a normal number. Half the work
+// of exp; x is rounded once more, with log2 e.
 template <class M>
 PYPERF_HD Value<M> exp_of_share(Value<M> x) {
-  using F = FloatFormat<typename M::R>;
-  Value<M> n, rounding;
-  const auto f = exp_parts<M>(M::larger(M::of(F::kExpLowestNormal), x), n, rounding);
-  return (f + typename M::R(1)) * M::from_bits((M::bits(rounding) + typename F::Int(F::kBias)) << F::kMantissa);
+  using R = typename M::R;
+  using F = FloatFormat<R>;
+  constexpr R kPowers = R(1.4426950408889634);
+  constexpr R kRound = F::kRound + R(F::kBias);  // leaves a power's exponent bits in the lowest ones
+  x = M::larger(M::of(R(1 - F::kBias) / kPowers), x);
+  const auto rounding = M::fma(x, M::of(kPowers), M::of(kRound));
+  const auto f = M::fma(x, M::of(kPowers), kRound - rounding);  // within half a power
+  Value<M> p;
+  if constexpr (sizeof(R) == 4)
+    p = polynomial<M>(f, 1, 0.69314718802622878, 0.24022650760568127, 0.055503571142190778, 0.0096180825572778515,
+                      0.0013390863364671234, 0.0001545316294512069);
+  else
+    p = polynomial<M>(f, 1, 0.69314718055994531, 0.24022650695910098, 0.055504108664821594, 0.0096181291076068885,
+                      0.0013333558146416935, 0.0001540353044173605, 1.5252733829836118e-5, 1.321544258792169e-6,
+                      1.0178062445845774e-7, 7.0725859492692237e-9, 4.4549605981865184e-10);
+  return p * M::from_bits(M::bits(rounding) << F::kMantissa);
 }
 
 // log(v) for a normal v > 0.
