@@ -88,14 +88,17 @@ __attribute__((noinline)) void spline_block_of(const coupling::Spline<R>& c, con
 
 template <class R, bool kBackward>
 void spline_block(const coupling::Spline<R>& c, const SplineScratch<R>& scratch, int64_t n, R* logdet) {
-  using M = PairMachine<VectorMachine<R>>;
-  if (n <= VectorMachine<R>::kLanes) return spline_block_of<VectorMachine<R>, kBackward, 0>(c, scratch, logdet);
-  if constexpr (sizeof(R) == 4 && PYPERF_VECTOR_BYTES > 16) {
-    if (c.bins == 8) return spline_block_of<M, kBackward, 8>(c, scratch, logdet);
-    if (c.bins == 10) return spline_block_of<M, kBackward, 10>(c, scratch, logdet);
-    if (c.bins == 16) return spline_block_of<M, kBackward, 16>(c, scratch, logdet);
+  using M = VectorMachine<R>;
+  using Pair = PairMachine<M>;
+  if constexpr (PYPERF_VECTOR_BYTES > 16) {  // all this takes long to compile
+    if (n <= M::kLanes) return spline_block_of<M, kBackward, 0>(c, scratch, logdet);
+    if constexpr (sizeof(R) == 4) {
+      if (c.bins == 8) return spline_block_of<Pair, kBackward, 8>(c, scratch, logdet);
+      if (c.bins == 10) return spline_block_of<Pair, kBackward, 10>(c, scratch, logdet);
+      if (c.bins == 16) return spline_block_of<Pair, kBackward, 16>(c, scratch, logdet);
+    }
   }
-  spline_block_of<M, kBackward, 0>(c, scratch, logdet);
+  spline_block_of<Pair, kBackward, 0>(c, scratch, logdet);
 }
 
 // What the elements first, first + 1, ... have in `aside`; lanes behind the n-th repeat it.

@@ -211,8 +211,8 @@ PYPERF_HD Two<T> operator-(Two<T> x) {
   return {-x.a, -x.b};
 }
 
-// Two values of a machine as one, for code that is one long chain: a processor does not look far enough ahead to work
-// on two such chains unless their instructions alternate.
+// Two values of a machine as one, for code that is one long chain of instructions: a processor works on two such chains
+// at a time only where they alternate.
 template <class M>
 struct PairMachine {
   using R = typename M::R;

@@ -130,7 +130,7 @@ template <class T, class S, class Word, int L, int... k>
 PYPERF_HD void load_columns(const S* const (&rows)[L], int64_t first, Word* out, int64_t pitch,
                             std::integer_sequence<int, k...>) {
   using V = typename T::V;
-  constexpr int kWidth = T::kPieces ? T::W / T::kPieces : 0, Q = T::Q;
+  constexpr int kWidth = T::W / T::kPieces, Q = T::Q;
   V v[kWidth];
   const auto piece = [&](int row) __attribute__((always_inline)) {
     typename T::Piece p;
@@ -167,7 +167,7 @@ template <class T, int kGroups, class S, class Word, int L, int... k>
 PYPERF_HD void store_columns(const Word* in, int64_t pitch, int64_t first, S* const (&rows)[L],
                              std::integer_sequence<int, k...>) {
   using V = typename T::V;
-  constexpr int kWidth = T::kPieces ? T::W / T::kPieces : 0, Q = T::Q;
+  constexpr int kWidth = T::W / T::kPieces, Q = T::Q;
   V groups[kGroups][kWidth];
   for (int g = 0; g < kGroups; ++g) {
     V* const v = groups[g];
@@ -212,7 +212,7 @@ constexpr bool can_turn(int64_t count) {
   return count >= Turned<S, VectorMachine<R>::kLanes, 16 / int(sizeof(Word))>::kColumns;
 }
 
-// out[j * pitch + i] is parameter j of row i.
+// out[j * pitch + i] is parameter j of row i. The last columns may be done twice.
 template <int L, class S, class Word>
 PYPERF_HD void load_rows(const S* p, const LaneOffsets& at, int64_t count, int64_t n, Word* out, int64_t pitch) {
   constexpr int Q = 16 / int(sizeof(Word)), W = VectorMachine<Word>::kLanes;
@@ -220,15 +220,16 @@ PYPERF_HD void load_rows(const S* p, const LaneOffsets& at, int64_t count, int64
   using Wide = Turned<S, L, (W == 4 * Q ? 2 : 1) * Q>;
   const S* rows[L];
   for (int i = 0; i < L; ++i) rows[i] = p + at[std::min<int64_t>(i, n - 1)];  // rows behind the n-th repeat it
-  int64_t first = 0;
-  for (; first + Wide::kColumns <= count; first += Wide::kColumns)
-    load_columns<Wide>(rows, first, out, pitch, typename Wide::Pieces());
-  // The last ones, which may overlap.
-  if (count - first > Narrow::kColumns && first > 0)
-    load_columns<Wide>(rows, count - Wide::kColumns, out, pitch, typename Wide::Pieces());
-  else
-    for (; first < count; first += Narrow::kColumns)
+  for (int64_t first = 0; first < count;) {
+    const int64_t rest = count - first;
+    if (rest > Narrow::kColumns && count >= Wide::kColumns) {
+      load_columns<Wide>(rows, std::min(first, count - Wide::kColumns), out, pitch, typename Wide::Pieces());
+      first += Wide::kColumns;
+    } else {
       load_columns<Narrow>(rows, std::min(first, count - Narrow::kColumns), out, pitch, typename Narrow::Pieces());
+      first += Narrow::kColumns;
+    }
+  }
 }
 template <int L, class S, class Word>
 PYPERF_HD void store_rows(const Word* in, int64_t pitch, const LaneOffsets& at, int64_t count, S* p) {
@@ -237,16 +238,19 @@ PYPERF_HD void store_rows(const Word* in, int64_t pitch, const LaneOffsets& at, 
   using Wide = Turned<S, L, (W == 4 * Q ? 2 : 1) * Q>;
   S* rows[L];
   for (int i = 0; i < L; ++i) rows[i] = p + at[i];
-  int64_t first = 0;
-  for (; first + 2 * Wide::kColumns <= count; first += 2 * Wide::kColumns)
-    store_columns<Wide, 2>(in, pitch, first, rows, typename Wide::Pieces());
-  for (; first + Wide::kColumns <= count; first += Wide::kColumns)
-    store_columns<Wide, 1>(in, pitch, first, rows, typename Wide::Pieces());
-  if (count - first > Narrow::kColumns && first > 0)
-    store_columns<Wide, 1>(in, pitch, count - Wide::kColumns, rows, typename Wide::Pieces());
-  else
-    for (; first < count; first += Narrow::kColumns)
+  for (int64_t first = 0; first < count;) {
+    const int64_t rest = count - first;
+    if (rest >= 2 * Wide::kColumns) {
+      store_columns<Wide, 2>(in, pitch, first, rows, typename Wide::Pieces());
+      first += 2 * Wide::kColumns;
+    } else if (rest > Narrow::kColumns && count >= Wide::kColumns) {
+      store_columns<Wide, 1>(in, pitch, std::min(first, count - Wide::kColumns), rows, typename Wide::Pieces());
+      first += Wide::kColumns;
+    } else {
       store_columns<Narrow, 1>(in, pitch, std::min(first, count - Narrow::kColumns), rows, typename Narrow::Pieces());
+      first += Narrow::kColumns;
+    }
+  }
 }
 
 // Of n elements; lanes behind the n-th repeat it.

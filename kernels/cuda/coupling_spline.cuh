@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "../math/coupling.h"
 #include "elementary.cuh"

@@ -1,12 +1,13 @@
 // The monotone rational-quadratic spline of Durkan et al. (2019), for one value of a machine: an element, or a vector
-// of them. Stamped like elementary.h, after it; prelude: coupling.h.
+// of them. Stamped like elementary.h, after it; prelude: coupling.h, <utility>.
 //
 // Every sum has terms of one sign, bins are sized directly and not as differences of knots, and the last bin is
 // measured from the end of the box: so the log-determinant stays right where slopes are steep, and no finite input
 // gives NaN.
 namespace math {
 
-// f(from), ..., f(count - 1); kCount: the same number, or 0 where it is known at run time.
+// f(from), ..., f(count - 1); kCount: the same number, or 0 where it is known at run time. Not left to the compilers,
+// of which not all unroll long bodies.
 template <int kFrom, class F, int... kStep>
 PYPERF_HD void each_of(const F& f, std::integer_sequence<int, kStep...>) {
   (f(kFrom + kStep), ...);
@@ -19,7 +20,6 @@ PYPERF_HD void each(int count, const F& f) {
     for (int j = kFrom; j < count; ++j) f(j);
   }
 }
-#define PYPERF_EACH [&](int j) __attribute__((always_inline))
 
 // A running sum in groups of 4, 16 and 64, so that its error is that of a few additions and not of all.
 template <class M>
@@ -27,7 +27,7 @@ struct RunningSum {
   Value<M> by_4, by_16, by_64, large;
   Value<M> whole, before;  // of whole groups of 16 and of 4
 
-  // The sum with the term; count: the terms so far, this one included. 0 is not added: this is a chain.
+  // The sum with the term; count: the terms so far, this one included. Nothing is added to 0: all wait for this.
   PYPERF_HD Value<M> add(Value<M> term, int count) {
     by_4 = count % 4 == 1 ? term : by_4 + term;
     if (count % 4) return count > 4 ? before + by_4 : by_4;
@@ -82,21 +82,22 @@ template <class M, int kBins, class Raw>
 PYPERF_HD Value<M> spline_exponentials(const coupling::Spline<typename M::R>& c, const Raw& raw, Value<M>* e) {
   const int bins = kBins ? kBins : c.bins;
   const bool held = M::kLanes == 1 || c.exponential;  // a CPU reads raw logits again, a GPU has them in registers
-  if (held) each<0, kBins>(bins, PYPERF_EACH { e[j] = raw(j); });
+  if (held) each<0, kBins>(bins, [&](int j) __attribute__((always_inline)) { e[j] = raw(j); });
   if (c.exponential) {
     Value<M> derivative;
-    each<0, kBins>(bins, PYPERF_EACH { e[j] = soft_clipped<M>(e[j], c.inverse_curve * typename M::R(2), derivative); });
+    each<0, kBins>(bins, [&](int j) __attribute__((always_inline)) {
+      e[j] = soft_clipped<M>(e[j], c.inverse_curve * typename M::R(2), derivative);
+    });
   }
   const auto logit = [&](int j) __attribute__((always_inline)) { return held ? e[j] : raw(j); };
   auto largest = logit(0);
-  each<1, kBins>(bins, PYPERF_EACH { largest = M::larger(largest, logit(j)); });
+  each<1, kBins>(bins, [&](int j) __attribute__((always_inline)) { largest = M::larger(largest, logit(j)); });
   auto total = M::of(0);
   RunningSum<M> sum{total, total, total, total, total, total};
-  each<0, kBins>(
-      bins, PYPERF_EACH {
-        e[j] = exp_of_share<M>((logit(j) - largest) * c.logit_scale);
-        total = sum.add(e[j], j + 1);
-      });
+  each<0, kBins>(bins, [&](int j) __attribute__((always_inline)) {
+    e[j] = exp_of_share<M>((logit(j) - largest) * c.logit_scale);
+    total = sum.add(e[j], j + 1);
+  });
   return total;
 }
 
@@ -115,9 +116,8 @@ PYPERF_HD Value<M> spline_slope(const coupling::Spline<typename M::R>& c, Value<
   return M::select(large, M::of(c.largest_slope), slope);
 }
 
-// Where a bin starts. The small terms are added to a sum that is near the result, not to the corner of the box; in
-// double precision to that, where the sum is so exact that its last bits are made 0 with it: knots at 0 are wanted
-// there.
+// Where a bin starts. In float the small terms are added last, where the sum is no larger than the result. In double
+// they are added to the corner: that much less exact, but symmetric splines have their middle knot at 0.
 template <class M>
 PYPERF_HD Value<M> spline_edge(const SplineSide<M>& side, Value<M> k, typename M::R least, Value<M> rest,
                                typename M::R corner) {
@@ -174,24 +174,23 @@ PYPERF_HD void spline_locate(const coupling::Spline<typename M::R>& c, Value<M> 
   p.k = zero;
   auto number = zero;
   p.width.before = zero, p.width.own = ew[0], p.height.before = zero, p.height.own = eh[0];
-  each<1, kBins>(
-      bins, PYPERF_EACH {
-        const auto w_before = w_sum.add(ew[j - 1], j), h_before = h_sum.add(eh[j - 1], j);
-        number = number + one;
-        const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
-        const auto reached = M::at_least(t, edge);
-        p.width.before = M::select(reached, w_before, p.width.before);
-        p.height.before = M::select(reached, h_before, p.height.before);
-        p.width.own = M::select(reached, ew[j], p.width.own);
-        p.height.own = M::select(reached, eh[j], p.height.own);
-        p.k = M::select(reached, number, p.k);
-        if constexpr (M::kLanes > 1) {
-          const auto left = next;
-          next = knot(first_knot + j + 1);
-          raw0 = M::select(reached, left, raw0);
-          raw1 = M::select(reached, next, raw1);
-        }
-      });
+  each<1, kBins>(bins, [&](int j) __attribute__((always_inline)) {
+    const auto w_before = w_sum.add(ew[j - 1], j), h_before = h_sum.add(eh[j - 1], j);
+    number = number + one;
+    const auto edge = M::fma(c.inverse ? h_before : w_before, per_unit, M::fma(number, M::of(least), M::of(low)));
+    const auto reached = M::at_least(t, edge);
+    p.width.before = M::select(reached, w_before, p.width.before);
+    p.height.before = M::select(reached, h_before, p.height.before);
+    p.width.own = M::select(reached, ew[j], p.width.own);
+    p.height.own = M::select(reached, eh[j], p.height.own);
+    p.k = M::select(reached, number, p.k);
+    if constexpr (M::kLanes > 1) {
+      const auto left = next;
+      next = knot(first_knot + j + 1);
+      raw0 = M::select(reached, left, raw0);
+      raw1 = M::select(reached, next, raw1);
+    }
+  });
   if constexpr (M::kLanes == 1) {
     const int k = int(p.k);
     raw0 = knot(first_knot + k);
@@ -337,23 +336,22 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   const auto w0 = (w_edge - w_mean) * w_unit, w1 = (w_own - w_mean) * w_unit, w2 = -w_mean * w_unit;
   const auto h0 = (h_edge - h_mean) * h_unit, h1 = (h_own - h_mean) * h_unit, h2 = -h_mean * h_unit;
   auto number = zero;
-  each<0, kBins>(
-      bins, PYPERF_EACH {
-        const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
-        const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
-        const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
-        if (c.exponential) {
-          Value<M> w_clip, h_clip;
-          soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
-          soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
-          put_w(j, gw * w_clip);
-          put_h(j, ge * h_clip);
-        } else {
-          put_w(j, gw);
-          put_h(j, ge);
-        }
-        number = number + one;
-      });
+  each<0, kBins>(bins, [&](int j) __attribute__((always_inline)) {
+    const auto before = M::less(number, p.k), from = M::at_least(p.k, number);  // from & !before: its own
+    const auto gw = ew[j] * M::select(before, w0, M::select(from, w1, w2));
+    const auto ge = eh[j] * M::select(before, h0, M::select(from, h1, h2));
+    if (c.exponential) {
+      Value<M> w_clip, h_clip;
+      soft_clipped<M>(raw_w(j), c.inverse_curve * R(2), w_clip);
+      soft_clipped<M>(raw_h(j), c.inverse_curve * R(2), h_clip);
+      put_w(j, gw * w_clip);
+      put_h(j, ge * h_clip);
+    } else {
+      put_w(j, gw);
+      put_h(j, ge);
+    }
+    number = number + one;
+  });
   const int count = bins + c.extra_derivatives();
   const auto left = c.tails == Tails::linear ? p.k - R(1) : p.k;
   auto right = left + R(1);
@@ -370,13 +368,12 @@ PYPERF_HD Value<M> spline_gradients(const coupling::Spline<typename M::R>& c, co
   } else {
     by_d0 = by_d0 + (bins == 1 && right_is_first ? by_d1 : zero), by_d1 = by_d1 + zero;  // as above: never -0
     number = zero;
-    each<0, kBins ? kBins + 1 : 0>(
-        count, PYPERF_EACH {
-          if (kBins && j >= count) return;
-          const auto own = M::select(M::equal(right, number), by_d1, none);
-          put_d(j, M::select(M::equal(left, number), by_d0, own));
-          number = number + one;
-        });
+    each<0, kBins ? kBins + 1 : 0>(count, [&](int j) __attribute__((always_inline)) {
+      if (kBins && j >= count) return;
+      const auto own = M::select(M::equal(right, number), by_d1, none);
+      put_d(j, M::select(M::equal(left, number), by_d0, own));
+      number = number + one;
+    });
   }
   if (scaled) {
     grad_in = M::select(p.inside, grad_in / abs<M>(p.bound), grad_outside);
