@@ -185,13 +185,19 @@ struct SplineWalk {
 template <class R, bool kBackward>
 struct SplineBlocks {
   static constexpr int64_t L = SplineScratch<R>::L;
-  static constexpr int64_t kAhead = 1;  // blocks
-
   const coupling::SplineElements& e;
   const coupling::Spline<R>& c;
   const SplineStorage<R>& storage;
   const SplineScratch<R>& scratch;
 
+  // Elements of a block in a row. Of large float32 tensors one vector: two fetch more rows at once than memory serves,
+  // and with few bins there is not enough to compute meanwhile.
+  int64_t length() const {
+    constexpr int64_t kCached = int64_t(1) << 20;  // bytes
+    const bool streams = PYPERF_VECTOR_BYTES > 16 && sizeof(R) == 4 && e.parameter_type == Storage::f32 &&
+                         c.bins <= 10 && e.count * scratch.parameters * 4 > kCached;
+    return streams ? L / 2 : L;
+  }
   bool by_lane() const {
     if (e.rows.count == 1) return false;
     return (e.n % L && e.n < 4 * L) || (kBackward && e.shared && e.n % kSumLanes);
@@ -224,7 +230,7 @@ struct SplineBlocks {
     each_parameter(kWidths, e.packed, [&](int k, int64_t before, int64_t count) {
       storage.load_raw(at(k, 0), lanes(k), e.parameter_stride[k], count, n, scratch.raw + before * L);
       if (fetch && e.parameter_stride[k] == 1)  // a block takes longer than loads may wait
-        prefetch(at(k, kAhead * L), L * e.stride[k] * storage_bytes(e.parameter_type));
+        prefetch(at(k, L), length() * e.stride[k] * storage_bytes(e.parameter_type));
     });
     if constexpr (kBackward) {
       storage.load_input(at(kGradOutput, 0), lanes(kGradOutput), n, scratch.grad_y);
@@ -278,12 +284,13 @@ void spline_unit(const coupling::SplineElements& e, const coupling::Spline<R>& c
     }
     return;
   }
+  const int64_t length = blocks.length();
   for (int64_t i = begin; i < end; walk.next_row()) {
     const int64_t stop = std::min(end, i + e.n - walk.within);
     int64_t start[kSplineOperands];
-    for (int64_t first = i; i < stop; i += L) {
+    for (int64_t first = i; i < stop; i += length) {
       for (int k = 0; k < kSplineOperands; ++k) start[k] = walk.at[k] + (i - first) * e.stride[k];
-      blocks.run(begin, i, std::min(L, stop - i), start, nullptr, i + (blocks.kAhead + 1) * L <= stop);
+      blocks.run(begin, i, std::min(length, stop - i), start, nullptr, i + L + length <= stop);
     }
     i = stop;
   }
