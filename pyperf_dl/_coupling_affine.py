@@ -427,9 +427,7 @@ def affine_coupling_packed(
             f"{op}: params must have 2 in the last dimension, a scale and a shift, got {list(params.shape)}"
         )
     mask, shift_leads = checked_mask(op, sample_mask, x, shape), parameters == "shift_scale"
-    x, (params, mask), sample_dims, back = _arranged(op, x, [params, mask], logdet, sum_dims)
-    if back is not None and split:
-        split[0] = back[1]
+    x, (params, mask), sample_dims, back = _arranged(op, x, [params, mask], logdet, sum_dims, split)
     if volume_preserving or mask is not None:
         pair = reference.scale_and_shift(params, shift_leads)
         *pair, of_scale = _adapted(*pair, x, of_scale, volume_preserving, mask, inverse, sample_dims)
@@ -479,8 +477,6 @@ def additive_coupling(
     mask = checked_mask(op, sample_mask, x, shape)
     if mask is not None:
         shift = torch.where(mask, shift, 0.0 if inverse else -0.0)
-    x, (params,), sample_dims, back = _arranged(op, x, [shift.unsqueeze(-1)], logdet, sum_dims)
-    if back is not None and split:
-        split[0] = back[1]
+    x, (params,), sample_dims, back = _arranged(op, x, [shift.unsqueeze(-1)], logdet, sum_dims, split)
     y, total = _packed(x, params, inverse, "none", 0.0, 0.0, 0.0, False, False, split, sample_dims)
     return (y if back is None else y.permute(back)), total

@@ -399,10 +399,10 @@ def checked_mask(op: str, value: Any, x: torch.Tensor, shape: Sequence[int]) -> 
 
 
 def _arranged(
-    op: str, x: torch.Tensor, others: Sequence[Any], logdet: str, sum_dims: Any
+    op: str, x: torch.Tensor, others: Sequence[Any], logdet: str, sum_dims: Any, split: list[int] | None = None
 ) -> tuple[torch.Tensor, Sequence[Any], int, list[int] | None]:
     """x and the others, [*x.shape, ...] or None, with the summed dimensions behind the rest, how many the rest is, and
-    the way back."""
+    the way back. `split` follows its dimension."""
     if logdet == "elementwise":
         if sum_dims is not None:
             raise ValueError(f"{op}: sum_dims needs logdet='sum', got sum_dims={sum_dims!r} with 'elementwise'")
@@ -418,6 +418,8 @@ def _arranged(
         return x, others, x.dim() - len(summed), None
     back = sorted(range(x.dim()), key=order.__getitem__)
     moved = [None if t is None else t.permute(*order, *range(x.dim(), t.dim())) for t in others]
+    if split:
+        split[0] = back[split[0]]
     return x.permute(order), moved, x.dim() - len(summed), back
 
 
@@ -604,8 +606,6 @@ def rational_quadratic_spline_packed(
         precision,
     )
     others = [params, _bound(op, x, shape, tails, tail_bound, bounds), checked_mask(op, sample_mask, x, shape)]
-    x, others, sample_dims, back = _arranged(op, x, others, logdet, sum_dims)
-    if back is not None and split:
-        split[0] = back[1]
+    x, others, sample_dims, back = _arranged(op, x, others, logdet, sum_dims, split)
     y, total = _packed(x, *others, bins, split, *how, sample_dims, precision == "exact")
     return (y if back is None else y.permute(back)), total

@@ -920,6 +920,18 @@ def test_sample_masks(how, dtypes):
             assert_same(a[~on], b[~on])
 
 
+@pytest.mark.parametrize("bins", [7, 8, 10, 16])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_large_tensors_give_the_bits_of_their_parts(bins, inverse):
+    """Tensors beyond the caches are walked in other steps."""
+    x, params = sample((4000, 16), bins)
+    all_of_it = results(x, params, bins, inverse=inverse)
+    some = slice(104, 168)
+    y, logdet, grad_x, grad_params = results(x[some], params[some], bins, inverse=inverse)
+    for a, b in zip(all_of_it, (y, logdet, grad_x, grad_params), strict=True):
+        assert_same(a[some], b)
+
+
 def test_more_than_2_31_parameters():
     """Stride-0 views: elements whose offsets do not fit 32 bits."""
     params = torch.randn(23).expand(2**28, 23)[-3:]

@@ -1,4 +1,4 @@
-// Rational-quadratic splines on a CPU, a vector of elements at a time. Stamped once for each SIMD level
+// Rational-quadratic splines on a CPU, one or two vectors of elements at a time. Stamped once for each SIMD level
 // (simd_levels.h); prelude: that of parameter_rows.h, ../math/coupling.h, ../common/sample_units.h.
 #include "parameter_rows.h"
 //
@@ -180,7 +180,7 @@ struct SplineWalk {
   }
 };
 
-// Elements pass through spline_block a vector at a time: neighbours in a row, or, where rows are short, neighbours in
+// Elements pass through spline_block a block at a time: neighbours in a row, or, where rows are short, neighbours in
 // the walk, each at a place of its own.
 template <class R, bool kBackward>
 struct SplineBlocks {
@@ -213,7 +213,8 @@ struct SplineBlocks {
   }
 
   // Elements i, ..., i + n - 1, operands at `start`, or at `table`. In a unit that starts with element `begin`.
-  void run(int64_t begin, int64_t i, int64_t n, const int64_t* start, const int64_t* table, bool fetch) const {
+  // ahead: for how many of those from L elements on to fetch parameters.
+  void run(int64_t begin, int64_t i, int64_t n, const int64_t* start, const int64_t* table, int64_t ahead) const {
     using namespace coupling;
     R* const logdet = scratch.logdet + (i - begin);
     const auto at = [&](int k, int64_t element) {
@@ -229,8 +230,8 @@ struct SplineBlocks {
     if (e.mask.data) load_aside<bool>(e.mask, i, n, L, on);
     each_parameter(kWidths, e.packed, [&](int k, int64_t before, int64_t count) {
       storage.load_raw(at(k, 0), lanes(k), e.parameter_stride[k], count, n, scratch.raw + before * L);
-      if (fetch && e.parameter_stride[k] == 1)  // a block takes longer than loads may wait
-        prefetch(at(k, L), length() * e.stride[k] * storage_bytes(e.parameter_type));
+      if (ahead && e.parameter_stride[k] == 1)  // a block takes longer than loads may wait
+        prefetch(at(k, L), ahead * e.stride[k] * storage_bytes(e.parameter_type));
     });
     if constexpr (kBackward) {
       storage.load_input(at(kGradOutput, 0), lanes(kGradOutput), n, scratch.grad_y);
@@ -280,7 +281,7 @@ void spline_unit(const coupling::SplineElements& e, const coupling::Spline<R>& c
     for (int64_t i = begin; i < end; i += L) {
       const int64_t n = std::min(L, end - i);
       for (int64_t l = 0; l < n; ++l, walk.next()) memcpy(table + l * kSplineOperands, walk.at, sizeof walk.at);
-      blocks.run(begin, i, n, start, table, false);
+      blocks.run(begin, i, n, start, table, 0);
     }
     return;
   }
@@ -290,7 +291,7 @@ void spline_unit(const coupling::SplineElements& e, const coupling::Spline<R>& c
     int64_t start[kSplineOperands];
     for (int64_t first = i; i < stop; i += length) {
       for (int k = 0; k < kSplineOperands; ++k) start[k] = walk.at[k] + (i - first) * e.stride[k];
-      blocks.run(begin, i, std::min(length, stop - i), start, nullptr, i + L + length <= stop);
+      blocks.run(begin, i, std::min(length, stop - i), start, nullptr, i + L + length <= stop ? length : 0);
     }
     i = stop;
   }
