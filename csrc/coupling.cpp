@@ -15,6 +15,8 @@ namespace pyperf::coupling {
 namespace {
 
 struct Cpu {
+  static constexpr bool kCopiesOthers = false;
+
   template <bool kBackward, class R>
   static void spline(const SplineElements& e, const Spline<R>& s, const Tensor&) {
     if (e.count == 0) {

@@ -7,6 +7,8 @@ namespace pyperf::coupling {
 namespace {
 
 struct Cuda {
+  static constexpr bool kCopiesOthers = true;
+
   template <bool kBackward, class R>
   static void spline(const SplineElements& e, const Spline<R>& c, const Tensor& like) {
     const CudaCall call(like);

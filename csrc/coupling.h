@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../kernels/common/other_channels.h"
 #include "../kernels/common/storage.h"
 #include "common/tensor.h"
 
@@ -82,16 +83,28 @@ struct Split {
     return sizes;
   }
 
-  void copy_others(const Tensor& from, const Tensor& to) const {
-    if (whole()) return;
-    copy_some(from, to, 0, first, 1);
-    copy_some(from, to, end(), from.size(dim), 1);
-    for (int64_t i = 1; i < step && count > 1; ++i) copy_some(from, to, first + i, end(), step);
+  // Copies the channels that pass, or says how a kernel is to do it: one with `Backend::kCopiesOthers` does.
+  template <class Backend>
+  OtherChannels pass(const Tensor& from, const Tensor& to) const {
+    OtherChannels others{};
+    if (whole()) return others;
+    if (Backend::kCopiesOthers && count > 0 &&
+        plan_other_channels(from.sizes().data(), int(from.dim()), int(dim), {first, step, count}, from.data_ptr(),
+                            from.strides().data(), to.data_ptr(), to.strides().data(), storage_bytes(storage_of(from)),
+                            others))
+      return others;
+    copy_others(from, to);
+    return {};
   }
 
  private:
   int64_t end() const { return count ? first + (count - 1) * step + 1 : first; }
 
+  void copy_others(const Tensor& from, const Tensor& to) const {
+    copy_some(from, to, 0, first, 1);
+    copy_some(from, to, end(), from.size(dim), 1);
+    for (int64_t i = 1; i < step && count > 1; ++i) copy_some(from, to, first + i, end(), step);
+  }
   void copy_some(const Tensor& from, const Tensor& to, int64_t begin, int64_t end, int64_t step) const {
     if (begin >= end) return;
     Tensor into = sliced(to, dim, begin, end, step);

@@ -15,6 +15,8 @@ namespace pyperf::coupling {
 namespace {
 
 struct AffineOnCpu {
+  static constexpr bool kCopiesOthers = false;
+
   template <class R>
   static void forward(const AffineCall<kForwardOperands>& call, const Tensor&) {
     if (call.elements() == 0) {

@@ -7,6 +7,8 @@ namespace pyperf::coupling {
 namespace {
 
 struct AffineOnCuda {
+  static constexpr bool kCopiesOthers = true;
+
   template <class R>
   static void forward(const AffineCall<kForwardOperands>& call, const Tensor& like) {
     const CudaCall current(like);

@@ -2,6 +2,7 @@
 // offers, for R float and double,
 //   template <class R> static void forward(const AffineCall<kForwardOperands>&, const Tensor& like)
 //   template <class R> static void backward(const AffineCall<kBackwardOperands>&, const Tensor& like)
+//   static constexpr bool kCopiesOthers: whether these copy the channels that pass
 // Schemas are in coupling_affine.cpp.
 #pragma once
 
@@ -146,11 +147,11 @@ bool run_affine(const Tensor& x, const Strided& scale, const Strided& shift, con
   if (!affine::make_call<kForwardOperands>({split.part_of(x), scale, shift, logdet, split.part_of(y)}, kLogdet, how,
                                            call))
     return false;
+  call.others = split.pass<Backend>(x, y);
   if (logdet.scalar_type() == ScalarType::Double)
     Backend::template forward<double>(call, x);
   else
     Backend::template forward<float>(call, x);
-  split.copy_others(x, y);
   return true;
 }
 
@@ -163,11 +164,11 @@ bool run_affine_backward(const Tensor& grad_y, const Tensor& grad_logdet, const 
                                              grad_scale, grad_shift, split.part_of(grad_x)},
                                             kGradLogdet, how, call))
     return false;
+  call.others = split.pass<Backend>(grad_y, grad_x);
   if (x.scalar_type() == ScalarType::Double)
     Backend::template backward<double>(call, x);
   else
     Backend::template backward<float>(call, x);
-  split.copy_others(grad_y, grad_x);
   return true;
 }
 

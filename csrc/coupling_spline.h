@@ -58,9 +58,10 @@ struct Parameters {
 };
 
 inline bool follows(const Parameters& after, const Parameters& before) {
-  const auto strides = [](const Tensor& t) { return std::vector<int64_t>(t.strides().begin(), t.strides().end()); };
   const int64_t bytes = before.count * before.stride() * storage_bytes(storage_of(*before.of));
-  return static_cast<char*>(before.data()) + bytes == after.data() && strides(*before.of) == strides(*after.of);
+  if (static_cast<char*>(before.data()) + bytes != after.data()) return false;
+  const auto one = before.of->strides(), other = after.of->strides();
+  return before.of == after.of || std::equal(one.begin(), one.end(), other.begin(), other.end());
 }
 
 // Tensors of one call. Forward: no gradients, logdet is a result. Backward: logdet is its gradient.
@@ -71,6 +72,7 @@ struct SplineTensors {
   const Tensor *grad_y = nullptr, *bound = nullptr, *mask = nullptr;
   Tensor logdet, result;
   std::optional<Tensor> shared;  // double, [*sizes of the parameters]: sums of gradients
+  OtherChannels others{};
   bool backward = false;
 };
 
@@ -137,8 +139,10 @@ struct SplineOrder {
   }
   // Of what is repeated along dimensions in which it has size 1, or which it does not have.
   std::vector<int64_t> strides(const Tensor& t) const {
+    const auto all = t.strides(), sizes = t.sizes();
     std::vector<int64_t> of;
-    for (int64_t d : dims) of.push_back(d >= t.dim() || t.size(d) == 1 ? 0 : t.stride(d));
+    of.reserve(dims.size());
+    for (int64_t d : dims) of.push_back(d >= int64_t(all.size()) || sizes[d] == 1 ? 0 : all[d]);
     return of;
   }
 };
@@ -167,6 +171,7 @@ inline bool spline_elements(const SplineTensors& t, int64_t sample_dims, SplineE
   const SplineOrder order(t, sample_dims);
   const bool own_gradients = t.backward && !t.shared;
   e.summed = sample_dims >= 0 && !t.shared;
+  e.others = t.others;
   e.shared = t.shared ? static_cast<double*>(t.shared->data_ptr()) : nullptr;
   std::array<const Tensor*, kSplineOperands> operands{};
   operands.fill(&t.result);
@@ -273,14 +278,15 @@ inline SplineTensors checked_tensors(const Tensor& x, const std::array<Parameter
 // Fills y and the log-det of x.
 template <class Backend>
 void spline_forward(const Tensor& x, const std::array<Parameters, 3>& parameters, const SplineArguments& how,
-                    int64_t bins, Tensor y, Tensor logdet) {
+                    int64_t bins, Tensor y, Tensor logdet, const OtherChannels& others) {
   SplineTensors t = checked_tensors(x, parameters, how, bins);
   t.result = y, t.logdet = logdet;
+  t.others = others;
   if (run_spline<Backend, false>(t, how, bins)) return;
   std::array<Tensor, 3> views, copies;
   const Tensor dense_y = contiguous(y), dense_logdet = contiguous(logdet);
   spline_forward<Backend>(contiguous(x), copied(of_elements(x, parameters, views), copies), copied(how), bins, dense_y,
-                          dense_logdet);
+                          dense_logdet, others);
   copy_(y, dense_y);
   copy_(logdet, dense_logdet);
 }
@@ -290,8 +296,7 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
                                           const SplineArguments& how, int64_t bins, const Split& split) {
   require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
   const auto [y, logdet] = empty_outputs(x, split, how.sample_dims);
-  spline_forward<Backend>(split.view_of(x), parameters, how, bins, split.view_of(y), logdet);
-  split.copy_others(x, y);
+  spline_forward<Backend>(split.view_of(x), parameters, how, bins, split.view_of(y), logdet, split.pass<Backend>(x, y));
   return {y, logdet};
 }
 
@@ -305,7 +310,7 @@ inline std::array<Parameters, 3> apart(const Tensor& packed, int64_t bins) {
 template <class Backend>
 void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                      const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
-                     const SplineArguments& how, int64_t bins, Tensor grad_x);
+                     const SplineArguments& how, int64_t bins, Tensor grad_x, const OtherChannels& others);
 
 // The same for parameters that elements share.
 template <class Backend>
@@ -336,7 +341,7 @@ void shared_spline_backward(SplineTensors t, const std::array<Parameters, 3>& gr
   } else if (x.numel() < sets * kFewestElements || !run_spline<Backend, true>(t, how, bins)) {
     const Tensor each = contiguous_empty(x, every, type);
     spline_backward<Backend>(*t.grad_y, t.logdet, x, of_elements(x, parameters, views), apart(each, bins), how, bins,
-                             t.result);
+                             t.result, t.others);
     t.shared = summed(each, shared, ScalarType::Double);
   }
   int64_t before = 0;
@@ -350,7 +355,7 @@ void shared_spline_backward(SplineTensors t, const std::array<Parameters, 3>& gr
 template <class Backend>
 void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                      const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
-                     const SplineArguments& how, int64_t bins, Tensor grad_x) {
+                     const SplineArguments& how, int64_t bins, Tensor grad_x, const OtherChannels& others) {
   SplineTensors t = checked_tensors(x, parameters, how, bins);
   check_shape("grad_y", grad_y, x, x.dim());
   check_shape("grad_logdet", grad_logdet, x, how.sample_dims < 0 ? x.dim() : how.sample_dims);
@@ -360,6 +365,7 @@ void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tens
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   t.backward = true;
   t.result = grad_x;
+  t.others = others;
   if (share(x, *parameters[0].of)) return shared_spline_backward<Backend>(t, gradients, how, bins);
   t.gradients = gradients;
   if (run_spline<Backend, true>(t, how, bins)) return;
@@ -367,7 +373,7 @@ void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tens
   const auto into = copied(gradients, dense);
   const Tensor dense_x = contiguous(grad_x);
   spline_backward<Backend>(contiguous(grad_y), contiguous(grad_logdet), contiguous(x), copied(parameters, copies), into,
-                           copied(how), bins, dense_x);
+                           copied(how), bins, dense_x, others);
   copy_(grad_x, dense_x);
   for (int k = 0; k < 3; ++k) {
     Tensor gradient = *gradients[k].of;
@@ -382,8 +388,7 @@ Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Te
   require(grad_y.dim() == x.dim(), "coupling: grad_y has another shape than its companion");
   const Tensor grad_x = empty_as(x, x.scalar_type());
   spline_backward<Backend>(split.view_of(grad_y), grad_logdet, split.view_of(x), parameters, gradients, how, bins,
-                           split.view_of(grad_x));
-  split.copy_others(grad_y, grad_x);
+                           split.view_of(grad_x), split.pass<Backend>(grad_y, grad_x));
   return grad_x;
 }
 

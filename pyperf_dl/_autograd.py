@@ -58,7 +58,7 @@ class Operator:
         fake: shapes, strides and dtypes of the outputs, without data.
         reference: the same function in plain PyTorch; differentiable, and the operator's decomposition.
         launch: `module:function` of the Triton form, same arguments.
-        save: `save(ctx, inputs, output)` keeps what the two rules below need.
+        save: `save(ctx, inputs, output)` -> tensors that the two rules below find in `ctx.saved_tensors`.
         backward: `backward(ctx, *grads)` -> gradients of the tensor arguments. None: not differentiable.
         jvp: `jvp(ctx, *tangents)` -> tangents of the outputs, given those of the tensor arguments.
         batch: `batch(*args)` -> args, for tensors that got a batch dimension in front; outputs carry it in front too.
@@ -74,7 +74,7 @@ class Operator:
         fake: Callable[..., Any],
         reference: Callable[..., Any],
         launch: str | None = None,
-        save: Callable[..., None] | None = None,
+        save: Callable[..., Sequence[Any]] | None = None,
         backward: Callable[..., Any] | None = None,
         jvp: Callable[..., Any] | None = None,
         batch: Callable[..., Sequence[Any]] | None = None,
@@ -164,12 +164,16 @@ class _Registered:
             _unregistered_sharding.append((operator, self.op))
 
 
-def _remember(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _remember(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Any) -> Sequence[Any]:
+    """Returns what was saved."""
     ctx.statics = inputs[operator.tensors :]
-    if operator.save is not None:
-        operator.save(ctx, inputs, output)
+    saved = () if operator.save is None else operator.save(ctx, inputs, output)
+    ctx.save_for_backward(*saved)
     outputs = output if isinstance(output, tuple) else (output,)
-    ctx.mark_non_differentiable(*(t for t in outputs if not (t.is_floating_point() and operator.backward)))
+    undifferentiated = [t for t in outputs if not (t.is_floating_point() and operator.backward)]
+    if undifferentiated:
+        ctx.mark_non_differentiable(*undifferentiated)
+    return saved
 
 
 def _pulled_back(operator: Operator, ctx: Any, *grads: torch.Tensor) -> Any:
@@ -185,7 +189,7 @@ def _function(operator: Operator, op: Any) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _remember(operator, ctx, inputs, output)
+            ctx.save_for_forward(*_remember(operator, ctx, inputs, output))
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -55,14 +55,6 @@ def _fake_packed_forward(x, params, *rest):
     return fake_outputs(x, transformed_shape(x.shape, params.shape, rest[_SPLIT]), rest[_SAMPLE_DIMS])
 
 
-def _saved(tensors: int) -> Any:
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.save_for_forward(*inputs[:tensors])
-
-    return save
-
-
 def _by_reference(function: Any, tensors: int) -> dict[str, Any]:
     """Derivatives of an operator as those of its reference."""
 
@@ -77,7 +69,7 @@ def _by_reference(function: Any, tensors: int) -> dict[str, Any]:
     def jvp(ctx, *tangents):
         return reference.pushed_forward(*saved(ctx), tangents[:-_UNDIFFERENTIATED])
 
-    return {"backward": backward, "jvp": jvp, "save": _saved(tensors), "tensors": tensors}
+    return {"backward": backward, "jvp": jvp, "save": lambda ctx, inputs, output: inputs[:tensors], "tensors": tensors}
 
 
 def split_behind(split: Sequence[int] | None) -> list[int] | None:
@@ -268,14 +260,17 @@ def _plan(
 
 
 # Programs call with few combinations of arguments; checking them again costs more than a small tensor does.
-_CACHED_TYPES = (bool, int, float, str, type(None))
+_CACHED_TYPES = {bool, int, float, str, type(None)}
 _cached_plan = functools.lru_cache(maxsize=256, typed=True)(_plan)  # typed: True is not 1 here
 
 
 def _planned(*arguments: Any) -> _How:
-    flat = [v for a in arguments for v in (a if type(a) is tuple else (a,))]  # `typed` does not look into tuples
-    plain = not torch.compiler.is_compiling() and all(type(v) in _CACHED_TYPES for v in flat)
-    return (_cached_plan if plain else _plan)(*arguments)
+    if torch.compiler.is_compiling():
+        return _plan(*arguments)
+    types = set(map(type, arguments))
+    if tuple in types:  # into which `typed` does not look
+        types = {type(v) for a in arguments for v in (a if type(a) is tuple else (a,))}
+    return (_cached_plan if types <= _CACHED_TYPES else _plan)(*arguments)
 
 
 def transformed_channels(op: str, channels: Any, x: Any) -> tuple[torch.Size, list[int] | None]:

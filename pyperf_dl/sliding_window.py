@@ -120,16 +120,13 @@ def _geometry(x: torch.Tensor, dim, window, stride, dilation, left, out_length, 
 
 def _save_input(ctx, inputs, output):
     """The forms without offsets keep x and find the winners again in the backward."""
-    ctx.save_for_backward(inputs[0])
-    ctx.save_for_forward(inputs[0])
     ctx.geometry = _geometry(*inputs)
+    return inputs[:1]
 
 
 def _save_offsets(ctx, inputs, output):
-    offsets = output[len(output) // 2 :]
-    ctx.save_for_backward(*offsets)
-    ctx.save_for_forward(*offsets)
     ctx.geometry = _geometry(*inputs)
+    return output[len(output) // 2 :]
 
 
 def _sum_offsets(ctx, offsets, grads):
@@ -150,10 +147,9 @@ _MINMAX_STATICS = ("dim", "window", "stride", "dilation", "left", "out_length", 
 
 def _save_linear(ctx, inputs, output):
     source, offsets, dim = inputs[:3]
-    ctx.save_for_backward(offsets)
-    ctx.save_for_forward(offsets)
     length = inputs[3] if len(inputs) == 9 else source.shape[dim]
     ctx.geometry = _Geometry(dim, length, *inputs[-5:])
+    return (offsets,)
 
 
 def _batched(*args):

@@ -62,18 +62,23 @@ inline std::vector<int64_t> preserved_layout(const Tensor& x) {
   return layout;
 }
 
-// An uninitialised tensor on the device of `like`.
+// An uninitialised tensor on the device of `like`. Not by way of the dispatcher, which takes as long as a small kernel.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& layout,
                     ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(sizes),
-                                    from(layout),
-                                    from(std::optional<ScalarType>(dtype)),
-                                    from(std::optional<torch::headeronly::Layout>()),
-                                    from(std::optional<torch::stable::Device>(like.device())),
-                                    from(std::optional<bool>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_permuted", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (auto d = layout.rbegin(); d != layout.rend(); ++d) {
+    strides[*d] = step;
+    step *= std::max<int64_t>(sizes[*d], 1);
+  }
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
+                                                  device, index, &made));
+  return Tensor(made);
 }
 
 // Indices begin, begin + step, ... below `end` of a dimension, a view.
@@ -118,7 +123,8 @@ struct RowsAlong {
       int64_t size;
       std::array<int64_t, N> stride;
     };
-    std::vector<Dim> dims;
+    std::vector<Dim> dims, merged;
+    dims.reserve(operands[0]->dim()), merged.reserve(operands[0]->dim());
     const Tensor& shape = *operands[0];
     // Of a tensor without elements the strides mean nothing, and a copy of it keeps them.
     const auto step = [&](int n, int64_t d) { return operands[n]->numel() == 0 ? 0 : operands[n]->stride(d); };
@@ -132,7 +138,6 @@ struct RowsAlong {
     // Walk memory in the order of the last operand, which is the one written.
     std::stable_sort(dims.begin(), dims.end(),
                      [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
-    std::vector<Dim> merged;
     for (const Dim& d : dims) {
       const bool joins = !merged.empty() && [&] {
         for (int n = 0; n < N; ++n)
@@ -186,7 +191,8 @@ struct ElementRuns {
       int64_t size;
       std::array<int64_t, N> stride;
     };
-    std::vector<Dim> kept;
+    std::vector<Dim> kept, merged;
+    kept.reserve(dims), merged.reserve(dims);
     size_t of_samples = 0;
     for (int64_t d = 0; d < dims; ++d) {
       (d < sample_dims ? samples : sample_size) *= sizes[d];
@@ -198,7 +204,6 @@ struct ElementRuns {
     }
     std::stable_sort(kept.begin() + of_samples, kept.end(),
                      [](const Dim& a, const Dim& b) { return a.stride[N - 1] > b.stride[N - 1]; });
-    std::vector<Dim> merged;
     for (const Dim& dim : kept) {
       bool joins = !merged.empty();
       for (int k = 0; k < N && joins; ++k) joins = merged.back().stride[k] == dim.stride[k] * dim.size;

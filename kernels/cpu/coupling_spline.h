@@ -190,11 +190,11 @@ struct SplineBlocks {
   const SplineStorage<R>& storage;
   const SplineScratch<R>& scratch;
 
-  // Elements of a block in a row. Of large float32 tensors one vector: two fetch more rows at once than memory serves,
-  // and with few bins there is not enough to compute meanwhile.
+  // Elements of a block in a row. Of large float32 tensors one vector, where vectors are long: two fetch more rows at
+  // once than memory serves, and with few bins there is not enough to compute meanwhile.
   int64_t length() const {
     constexpr int64_t kCached = int64_t(1) << 20;  // bytes
-    const bool streams = PYPERF_VECTOR_BYTES > 16 && sizeof(R) == 4 && e.parameter_type == Storage::f32 &&
+    const bool streams = PYPERF_VECTOR_BYTES == 64 && sizeof(R) == 4 && e.parameter_type == Storage::f32 &&
                          c.bins <= 10 && e.count * scratch.parameters * 4 > kCached;
     return streams ? L / 2 : L;
   }

@@ -3,10 +3,13 @@
 // block a piece and a second kernel that adds the pieces up.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/sample_units.h"
 #include "../math/coupling_affine_call.h"
 #include "common.cuh"
 #include "elementary.cuh"
+#include "other_channels.cuh"
 
 namespace pyperf {
 #include "../math/coupling_affine.h"
@@ -178,13 +181,15 @@ PYPERF_DEVICE void backward_at(const AffineCall<kBackwardOperands>& call, const 
 
 // ---- kernels ----
 
+// Sums, where there are any, are 0: of additive couplings, and of samples without elements.
 template <class R, int kWidth>
 __global__ void __launch_bounds__(kAffineBlock)
     affine_forward_kernel(AffineCall<kForwardOperands> call, int64_t groups) {
   const math::AffineConstants<R> c(call.how);
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t g = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; g < groups; g += threads)
-    forward_at<R, kWidth>(call, c, g * kWidth);
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t g = thread; g < groups; g += threads) forward_at<R, kWidth>(call, c, g * kWidth);
+  for (int64_t s = thread; call.summed && s < call.samples; s += threads) static_cast<R*>(call.data[kLogdet])[s] = 0;
+  cuda::copy_others(call.others);
 }
 
 template <class R, int kWidth>
@@ -194,6 +199,7 @@ __global__ void __launch_bounds__(kAffineBlock)
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t g = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; g < groups; g += threads)
     backward_at<R, kWidth>(call, c, g * kWidth);
+  cuda::copy_others(call.others);
 }
 
 // `lanes` threads, a power of two, share each piece of a sample: every thread adds up what it meets, then they halve.
@@ -231,6 +237,7 @@ __global__ void __launch_bounds__(kAffineBlock, 2)
     }
     __syncthreads();
   }
+  cuda::copy_others(call.others);
 }
 
 // The sum of a sample's pieces, in order; one warp-sized group of threads a sample.
@@ -256,12 +263,6 @@ __global__ void __launch_bounds__(kAffineBlock)
   }
 }
 
-template <class R>
-__global__ void __launch_bounds__(kAffineBlock) affine_zero_kernel(int64_t samples, R* sums) {
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; s < samples; s += threads) sums[s] = 0;
-}
-
 // ---- launchers ----
 
 // Pieces of a sample: one where a block takes it whole, and where there are samples enough to fill the machine.
@@ -276,22 +277,26 @@ inline int64_t affine_workspace_bytes(const AffineCall<kForwardOperands>& call) 
   return pieces > 1 ? call.samples * pieces * int64_t(sizeof(double)) : 0;
 }
 
+// Blocks for so much work, and for what else a kernel does.
+template <int N>
+int64_t affine_blocks(const AffineCall<N>& call, int64_t work, int64_t each) {
+  return std::max((work + each - 1) / each, cuda::blocks_for_others(call.others, kAffineBlock));
+}
+
 template <class R, int kWidth>
 cudaError_t affine_forward_packed(const AffineCall<kForwardOperands>& call, void* memory, cudaStream_t stream) {
   const int64_t groups = call.elements() / kWidth;
-  if (!call.summed || call.how.activation == Activation::none) {
-    const cudaError_t error = cuda::launch(affine_forward_kernel<R, kWidth>, (groups + kAffineBlock - 1) / kAffineBlock,
-                                           kAffineBlock, 0, stream, call, groups);
-    if (error != cudaSuccess || !call.summed) return error;
-    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0,
-                        stream, call.samples, static_cast<R*>(call.data[kLogdet]));
+  if (!call.summed || call.how.activation == Activation::none || groups == 0) {
+    const int64_t work = std::max(groups, call.summed ? call.samples : 0);
+    return cuda::launch(affine_forward_kernel<R, kWidth>, affine_blocks(call, work, kAffineBlock), kAffineBlock, 0,
+                        stream, call, groups);
   }
   const int64_t pieces = affine_pieces(call), length = pieces > 1 ? kAffineSample : call.sample_size;
   int lanes = 1;
   while (lanes < kAffineBlock && int64_t(lanes) * kWidth < length) lanes *= 2;
   const int64_t per_block = kAffineBlock / lanes, total = call.samples * pieces;
   double* const partials = static_cast<double*>(memory);
-  const cudaError_t error = cuda::launch(affine_sums_kernel<R, kWidth>, (total + per_block - 1) / per_block,
+  const cudaError_t error = cuda::launch(affine_sums_kernel<R, kWidth>, affine_blocks(call, total, per_block),
                                          kAffineBlock, 0, stream, call, pieces, lanes, partials);
   if (error != cudaSuccess || pieces == 1) return error;
   constexpr int64_t kPerBlock = kAffineBlock / 32;
@@ -302,11 +307,6 @@ cudaError_t affine_forward_packed(const AffineCall<kForwardOperands>& call, void
 template <class R>
 cudaError_t affine_forward(const AffineCall<kForwardOperands>& call, void* memory, cudaStream_t stream) {
   constexpr int kWidth = 16 / int(sizeof(R));
-  if (call.elements() == 0) {
-    if (!call.summed) return cudaSuccess;
-    return cuda::launch(affine_zero_kernel<R>, (call.samples + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0,
-                        stream, call.samples, static_cast<R*>(call.data[kLogdet]));
-  }
   if (packs(call, kWidth, int(kLogdet))) return affine_forward_packed<R, kWidth>(call, memory, stream);
   return affine_forward_packed<R, 1>(call, memory, stream);
 }
@@ -317,7 +317,7 @@ cudaError_t affine_backward(const AffineCall<kBackwardOperands>& call, cudaStrea
   const bool packed = packs(call, kWidth, int(kGradLogdet));
   const int64_t groups = call.elements() / (packed ? kWidth : 1);
   return cuda::launch(packed ? affine_backward_kernel<R, kWidth> : affine_backward_kernel<R, 1>,
-                      (groups + kAffineBlock - 1) / kAffineBlock, kAffineBlock, 0, stream, call, groups);
+                      affine_blocks(call, groups, kAffineBlock), kAffineBlock, 0, stream, call, groups);
 }
 
 }  // namespace pyperf::coupling

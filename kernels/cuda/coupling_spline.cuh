@@ -7,6 +7,7 @@
 
 #include "../math/coupling.h"
 #include "elementary.cuh"
+#include "other_channels.cuh"
 #include "parameter_rows.cuh"
 #include "sample_sums.cuh"
 
@@ -403,6 +404,7 @@ __global__ void __launch_bounds__(kSplineThreads, spline_blocks(kBins, sizeof(R)
     }
     __syncthreads();
   }
+  cuda::copy_others(e.others);
 }
 
 // ---- launch ----
@@ -412,7 +414,8 @@ cudaError_t launch_spline(const SplineElements& e, const Spline<R>& c, const Spl
                           cudaStream_t stream) {
   const auto kernel =
       has_extras(e, c) ? spline_kernel<kBackward, kBins, true, R, Row> : spline_kernel<kBackward, kBins, false, R, Row>;
-  return cuda::launch(kernel, s.units, s.threads, s.shared_bytes, stream, e, c, s, partials);
+  const int64_t blocks = std::max(s.units, cuda::blocks_for_others(e.others, s.threads));
+  return cuda::launch(kernel, blocks, s.threads, s.shared_bytes, stream, e, c, s, partials);
 }
 
 template <bool kBackward, class Row>

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/other_channels.h"
 #include "../common/storage.h"
 #include "../common/strided_rows.h"
 
@@ -98,9 +99,10 @@ struct SplineElements {
   bool summed;                // the log-det is one number for each sample, contiguous; else one of the operands
   int64_t samples, sample_size;
   void* sample_logdet;
-  double* shared;  // [samples, parameters]: sums of a backward's gradients; null: each element has its own
-  Aside bounds;    // log-det numbers
-  Aside mask;      // bools: where false, the element passes as it is
+  double* shared;        // [samples, parameters]: sums of a backward's gradients; null: each element has its own
+  Aside bounds;          // log-det numbers
+  Aside mask;            // bools: where false, the element passes as it is
+  OtherChannels others;  // what a kernel on a GPU copies on its way
 };
 
 }  // namespace pyperf::coupling

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/other_channels.h"
 #include "../common/storage.h"
 #include "../common/strided_rows.h"
 
@@ -46,6 +47,7 @@ struct AffineCall {
   Storage type[N];
   int64_t samples, sample_size;
   bool summed;
+  OtherChannels others;  // what a kernel on a GPU copies on its way
 
   int64_t elements() const { return rows.count * n; }
 };

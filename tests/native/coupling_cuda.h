@@ -152,7 +152,7 @@ struct Problem {
   int bins;
   Storage type, parameter_type;
   Form form, gradient_form;
-  bool scalars_dense, packed, merged, masked;
+  bool scalars_dense, packed, merged, masked, others;
   int shared_behind;  // -1, or the dimensions behind that many share parameters, whose gradients are summed
 };
 
@@ -162,8 +162,35 @@ inline std::string describe(const Problem& p, const char* what) {
   return std::string(what) + " [" + n(p.sizes[0]) + "," + n(p.sizes[1]) + "," + n(p.sizes[2]) + "] sample_dims " +
          n(p.sample_dims) + " bins " + n(p.bins) + " " + types[int(p.type)] + "/" + types[int(p.parameter_type)] +
          " forms " + n(p.form) + n(p.gradient_form) + " dense " + n(p.scalars_dense) + " packed " + n(p.packed) +
-         " merged " + n(p.merged) + " masked " + n(p.masked) + " shared behind " + n(p.shared_behind);
+         " merged " + n(p.merged) + " masked " + n(p.masked) + " others " + n(p.others) + " shared behind " +
+         n(p.shared_behind);
 }
+
+// Channels that pass, of two tensors with dimensions in any order in memory.
+struct Others {
+  static constexpr int kDims = 4;
+  int64_t sizes[kDims], strides[2][kDims], first[2];  // of the source and of the result
+  int channel;
+  Progression transformed;
+  Array* arrays[2];
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    int64_t at[kDims];
+    for (at[0] = 0; at[0] < sizes[0]; ++at[0])
+      for (at[1] = 0; at[1] < sizes[1]; ++at[1])
+        for (at[2] = 0; at[2] < sizes[2]; ++at[2])
+          for (at[3] = 0; at[3] < sizes[3]; ++at[3]) {
+            const int64_t behind = at[channel] - transformed.first;
+            if (behind >= 0 && behind % transformed.step == 0 && behind / transformed.step < transformed.count)
+              continue;
+            int64_t offset[2] = {first[0], first[1]};
+            for (int d = 0; d < kDims; ++d)
+              for (int k = 0; k < 2; ++k) offset[k] += at[d] * strides[k][d];
+            visit(offset[0], offset[1]);
+          }
+  }
+};
 
 // Operands of one call, on the device or on the host.
 struct Call {
@@ -174,7 +201,8 @@ struct Call {
     int64_t first;
   };
   Where where[kSplineOperands] = {};
-  Array *sample_logdet = nullptr, *bounds = nullptr, *mask = nullptr, *shared = nullptr;
+  Array *sample_logdet = nullptr, *bounds = nullptr, *mask = nullptr, *shared = nullptr, *to_others = nullptr;
+  Others others{};
 
   int64_t rows_stride[kSplineOperands][3] = {};
 
@@ -193,6 +221,29 @@ struct Call {
     int64_t stride[3] = {n[1] * (n[2] + gap), n[2] + gap, 1};
     if (!p.scalars_dense && uniform(0, 3) == 0) stride[0] = 1, stride[1] = n[0], stride[2] = n[0] * n[1];
     place(operand, add(type, first + n[0] * n[1] * (n[2] + gap)), first, stride);
+  }
+  void add_others(Storage type) {
+    Others& o = others;
+    for (int64_t& n : o.sizes) n = pick<int64_t>({1, 2, 3, 4, 8});
+    o.channel = int(uniform(0, Others::kDims - 1));
+    const int64_t channels = o.sizes[o.channel];
+    o.transformed.count = uniform(1, channels);
+    o.transformed.step =
+        o.transformed.count > 1 ? uniform(1, (channels - 1) / (o.transformed.count - 1)) : uniform(1, 3);
+    o.transformed.first = uniform(0, channels - 1 - (o.transformed.count - 1) * o.transformed.step);
+    for (int k = 0; k < 2; ++k) {
+      int order[Others::kDims] = {0, 1, 2, 3};
+      if (uniform(0, 1)) std::shuffle(order, order + Others::kDims, generator);
+      int64_t apart = uniform(0, 3) ? 1 : 2;
+      for (int i = Others::kDims - 1; i >= 0; --i) {
+        o.strides[k][order[i]] = apart;
+        apart *= o.sizes[order[i]];
+        if (uniform(0, 3) == 0) apart += pick<int64_t>({1, 8});
+      }
+      o.first[k] = uniform(0, 1) ? 0 : uniform(0, 9);
+      o.arrays[k] = add(type, o.first[k] + apart);
+    }
+    to_others = o.arrays[1];
   }
   // Shared along some dimensions, or along none. Flags are bytes.
   Array* add_aside(const Problem& p, Storage type, int64_t bytes, Aside& aside) {
@@ -273,6 +324,12 @@ struct Call {
     if (bounds) d.bounds.data = bounds->at(bounds->device, 0);
     if (mask) d.mask.data = mask->at(mask->device, 0);
     if (shared) d.shared = reinterpret_cast<double*>(shared->at(shared->device, 0));
+    if (to_others) {
+      const auto data = [&](int k) { return others.arrays[k]->at(others.arrays[k]->device, others.first[k]); };
+      if (!plan_other_channels(others.sizes, Others::kDims, others.channel, others.transformed, data(0),
+                               others.strides[0], data(1), others.strides[1], storage_bytes(to_others->type), d.others))
+        abort();
+    }
     return d;
   }
 };
@@ -425,6 +482,7 @@ void check(const Problem& p, const Spline<R>& c) {
     return n;
   }();
   Call call;
+  if (p.others) call.add_others(p.type);
   call.add_scalars(p, kInput, p.type);
   call.add_parameters(p, kWidths, p.form, p.packed, counts);
   if (c.scaled) call.bounds = call.add_aside(p, logdet_type, storage_bytes(logdet_type), call.e.bounds);
@@ -441,6 +499,11 @@ void check(const Problem& p, const Spline<R>& c) {
     for (size_t i = size_t(Array::kGuard); i < bytes.size() - size_t(Array::kGuard); ++i) bytes[i] = uniform(0, 2) > 0;
     call.mask->want = bytes;
   }
+  if (p.others && p.sizes[0] * p.sizes[1] * p.sizes[2] > 0)
+    call.others.each([&](int64_t from, int64_t to) {
+      store(call.to_others->at(call.to_others->want.data(), to), p.type,
+            load(call.others.arrays[0]->at(call.others.arrays[0]->want.data(), from), p.type));
+    });
   const size_t inputs = call.arrays.size();
   call.add_scalars(p, kResult, p.type);
   if (!kBackward && p.sample_dims < 0) call.add_scalars(p, kLogdet, logdet_type);
@@ -529,6 +592,7 @@ inline Problem random_problem(int bins) {
   p.packed = uniform(0, 1);
   p.merged = uniform(0, 1);
   p.masked = uniform(0, 3) == 0;
+  p.others = uniform(0, 2) == 0;
   p.shared_behind = uniform(0, 3) ? -1 : int(uniform(0, 2));
   return p;
 }
