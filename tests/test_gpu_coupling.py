@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from pyperf_dl import rational_quadratic_spline, rational_quadratic_spline_packed
+from pyperf_dl import (
+    additive_coupling,
+    affine_coupling_packed,
+    rational_quadratic_spline,
+    rational_quadratic_spline_packed,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -223,6 +228,41 @@ def test_one_launch_each_way(options):
     y, logdet = run()
     grads = torch.ones_like(y), torch.ones_like(logdet)
     assert kernels(lambda: torch.autograd.grad((y, logdet), (x, params), grads, retain_graph=True)) == 1
+
+
+CHANNELS = [slice(64, None), slice(0, 64), slice(1, None, 2), slice(0, None, 2), slice(3, 61, 4), slice(5, 6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_other_channels_pass_in_the_same_launch(channels, dtype):
+    for shape, dense in (((256, 128), True), ((2, 128, 3, 8), True), ((2, 128, 3, 8), False)):
+        x = drawn(*shape, dtype=dtype, seed=0)
+        x = x if dense else x.to(memory_format=torch.channels_last)
+        part = x[:, channels].shape
+        params, grad = drawn(*part, 14, dtype=dtype, seed=1), drawn(*shape, dtype=dtype, seed=2)
+        leaves = x.requires_grad_(), params.requires_grad_()
+        calls = {
+            "spline": lambda x, p: rational_quadratic_spline_packed(x, p, 5, channels=channels, tail_bound=3.0),
+            "affine": lambda x, p: affine_coupling_packed(x, p[..., :2], channels=channels, activation="tanh"),
+            "additive": lambda x, p: additive_coupling(x, p[..., 0], channels=channels),
+        }
+        for name, call in calls.items():
+            got = call(*leaves)
+            wants = [t.detach().cpu().requires_grad_() for t in leaves]
+            want = call(*wants)
+            others = torch.ones(shape[1], dtype=torch.bool)
+            others[channels] = False
+            assert torch.equal(got[0][:, others].cpu(), x[:, others].cpu())
+            torch.testing.assert_close(got[0].cpu(), want[0], rtol=1e-2, atol=1e-2)
+            assert kernels(lambda: call(*leaves)) == 1  # noqa: B023
+            (of_x,) = torch.autograd.grad(got[0], leaves[:1], grad, retain_graph=True)
+            (wanted,) = torch.autograd.grad(want[0], wants[:1], grad.cpu())
+            assert torch.equal(of_x[:, others].cpu(), grad[:, others].cpu())
+            torch.testing.assert_close(of_x.cpu(), wanted, rtol=1e-2, atol=1e-2)
+            if name == "spline":
+                grads = grad, torch.ones_like(got[1])
+                assert kernels(lambda: torch.autograd.grad(got, leaves, grads, retain_graph=True)) == 1  # noqa: B023
 
 
 def test_two_launches_for_few_large_samples():

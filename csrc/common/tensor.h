@@ -76,8 +76,8 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
-                                                  device, index, &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type, device, index, &made));
   return Tensor(made);
 }
 
