@@ -88,7 +88,7 @@ def test_samples(name):
 
     draws = draws_of(run, flow, glasflow, noise)
     assert_flow_as_accurate(draws)
-    truth, theirs, ours = draws[0]
+    _, theirs, ours = draws[0]
     assert glasflow.report() == (calls * (4 if "autoregressive" in name else 1), {})
     for on in (False, True):
         torch.manual_seed(1)

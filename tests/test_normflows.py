@@ -166,7 +166,7 @@ def test_samples(name):
     z, _ = model.q0(shape_of(name)[0])
     draws = draws_of(run, model, normflows, z)
     assert_flow_as_accurate(draws)
-    truth, theirs, ours = draws[0]
+    _, theirs, ours = draws[0]
     if name == "affine MAF":  # whose density takes the passes
         calls //= 4
     passes = 4 if name.endswith("autoregressive") else 1

@@ -118,7 +118,7 @@ def test_a_whole_model():
 
     draws = draws_of(run, model, vits, torch.tensor(3.0))
     assert_flow_as_accurate(draws)
-    truth, theirs, ours = draws[0]
+    ours = draws[0][-1]
     assert ours["waveform"].abs().max() > 0.01
     assert vits.report() == (1 + 2, {})  # one spline of the two is left out when sampling
 
