@@ -578,7 +578,6 @@ def rational_quadratic_spline_packed(
     """
     op = "rational_quadratic_spline_packed"
     tails = tuple(tails) if isinstance(tails, list) else tails
-    _checks.strided_tensor(op, "x", x, DTYPES)
     shape, split = transformed_channels(op, channels, x)
     params = _checked_parameters(op, "params", params, x, shape, shared=True)
     bins = _checks.integer(op, "bins", bins, 1)
