@@ -21,7 +21,7 @@ setup-%:
 test: setup-test            ## the test suite (at most 15 minutes on 2 cores)
 	@tools/test.sh $(python)
 
-test-full: setup-test       ## test, then sanitizers, a run on NaN-filled memory, long property runs
+test-full: setup-test       ## test, then sanitizers, a run on memory filled with rubbish, long property runs
 	@tools/test_full.sh $(python)
 
 bench: setup-bench          ## check every operator, then the benchmark table (at most 5 minutes)
