@@ -25,6 +25,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import VitsConfig, VitsModel
 from transformers.models.vits import modeling_vits
 
+import pyperf_dl
 from pyperf_dl.integrations import vits
 
 SPLINE = "_unconstrained_rational_quadratic_spline"
@@ -268,3 +269,34 @@ def test_export(kind, channels, strict):
             program = torch.export.export(model, args, strict=strict)
             got = program.module()(*args)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "channels"), [("VitsConvFlow", 2), ("VitsResidualCouplingLayer", 8)])
+def test_onnx_export(kind, channels, tmp_path):
+    """As operators of ONNX, in the direction in which speech is made, for any number of sentences and frames."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer(kind)
+
+        def forward(self, x, mask):
+            return self.layer(x, mask, reverse=True)[0]
+
+    model, args = Layer(), masked(4, channels)
+    sizes = {0: torch.export.Dim("sentences"), 2: torch.export.Dim("frames")}
+    table = torch.export.default_decompositions()
+    table.update(pyperf_dl.decompositions())
+    with torch.no_grad(), vits.enable():
+        program = torch.export.export(model, args, dynamic_shapes=(sizes, sizes))
+    assert "pyperf_dl" in str(program.graph)
+    path = str(tmp_path / "layer.onnx")
+    torch.onnx.export(program.run_decompositions(table), dynamo=True, verbose=False).save(path)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    for others in (args, masked(3, channels, 31)):
+        (got,) = session.run(None, {n: t.numpy() for n, t in zip(names, others, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(got), model(*others), rtol=1e-4, atol=1e-4)
