@@ -85,7 +85,7 @@ struct Split {
 
   // Copies the channels that pass, or says how a kernel is to do it: one with `Backend::kCopiesOthers` does.
   template <class Backend>
-  OtherChannels pass(const Tensor& from, const Tensor& to) const {
+  OtherChannels copy_or_plan_others(const Tensor& from, const Tensor& to) const {
     OtherChannels others{};
     if (whole()) return others;
     if (Backend::kCopiesOthers && count > 0 &&

@@ -147,7 +147,7 @@ bool run_affine(const Tensor& x, const Strided& scale, const Strided& shift, con
   if (!affine::make_call<kForwardOperands>({split.part_of(x), scale, shift, logdet, split.part_of(y)}, kLogdet, how,
                                            call))
     return false;
-  call.others = split.pass<Backend>(x, y);
+  call.others = split.copy_or_plan_others<Backend>(x, y);
   if (logdet.scalar_type() == ScalarType::Double)
     Backend::template forward<double>(call, x);
   else
@@ -164,7 +164,7 @@ bool run_affine_backward(const Tensor& grad_y, const Tensor& grad_logdet, const 
                                              grad_scale, grad_shift, split.part_of(grad_x)},
                                             kGradLogdet, how, call))
     return false;
-  call.others = split.pass<Backend>(grad_y, grad_x);
+  call.others = split.copy_or_plan_others<Backend>(grad_y, grad_x);
   if (x.scalar_type() == ScalarType::Double)
     Backend::template backward<double>(call, x);
   else

@@ -139,10 +139,10 @@ struct SplineOrder {
   }
   // Of what is repeated along dimensions in which it has size 1, or which it does not have.
   std::vector<int64_t> strides(const Tensor& t) const {
-    const auto all = t.strides(), sizes = t.sizes();
+    const auto own_sizes = t.sizes(), own_strides = t.strides();
     std::vector<int64_t> of;
     of.reserve(dims.size());
-    for (int64_t d : dims) of.push_back(d >= int64_t(all.size()) || sizes[d] == 1 ? 0 : all[d]);
+    for (int64_t d : dims) of.push_back(d >= int64_t(own_sizes.size()) || own_sizes[d] == 1 ? 0 : own_strides[d]);
     return of;
   }
 };
@@ -296,7 +296,8 @@ std::tuple<Tensor, Tensor> spline_forward(const Tensor& x, const std::array<Para
                                           const SplineArguments& how, int64_t bins, const Split& split) {
   require(how.sample_dims >= -1 && how.sample_dims <= x.dim(), "coupling: sample_dims out of range");
   const auto [y, logdet] = empty_outputs(x, split, how.sample_dims);
-  spline_forward<Backend>(split.view_of(x), parameters, how, bins, split.view_of(y), logdet, split.pass<Backend>(x, y));
+  const OtherChannels others = split.copy_or_plan_others<Backend>(x, y);
+  spline_forward<Backend>(split.view_of(x), parameters, how, bins, split.view_of(y), logdet, others);
   return {y, logdet};
 }
 
@@ -359,8 +360,7 @@ void spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tens
   SplineTensors t = checked_tensors(x, parameters, how, bins);
   check_shape("grad_y", grad_y, x, x.dim());
   check_shape("grad_logdet", grad_logdet, x, how.sample_dims < 0 ? x.dim() : how.sample_dims);
-  require(grad_y.scalar_type() == x.scalar_type() && grad_logdet.scalar_type() == logdet_type(x),
-          "coupling: a gradient has another dtype than its companion");
+  require(grad_logdet.scalar_type() == logdet_type(x), "coupling: grad_logdet has another dtype than its companion");
   t.grad_y = &grad_y;
   t.logdet = how.sample_dims < 0 ? grad_logdet : contiguous(grad_logdet);
   t.backward = true;
@@ -385,10 +385,12 @@ template <class Backend>
 Tensor spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                        const std::array<Parameters, 3>& parameters, const std::array<Parameters, 3>& gradients,
                        const SplineArguments& how, int64_t bins, const Split& split) {
-  require(grad_y.dim() == x.dim(), "coupling: grad_y has another shape than its companion");
+  check_shape("grad_y", grad_y, x, x.dim());
+  require(grad_y.scalar_type() == x.scalar_type(), "coupling: grad_y has another dtype than its companion");
   const Tensor grad_x = empty_as(x, x.scalar_type());
+  const OtherChannels others = split.copy_or_plan_others<Backend>(grad_y, grad_x);
   spline_backward<Backend>(split.view_of(grad_y), grad_logdet, split.view_of(x), parameters, gradients, how, bins,
-                           split.view_of(grad_x), split.pass<Backend>(grad_y, grad_x));
+                           split.view_of(grad_x), others);
   return grad_x;
 }
 

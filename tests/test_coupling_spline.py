@@ -1587,6 +1587,15 @@ def test_raw_operators_are_memory_safe():
             "grad_y has another shape",
             lambda: ops.rational_quadratic_spline_packed_backward(x[:3], x, x, params, None, None, 3, None, *how),
         ),
+        *(
+            (
+                "grad_y has another shape",
+                lambda grad_y=grad_y: ops.rational_quadratic_spline_packed_backward(
+                    grad_y, x.view(2, 2)[:, :1], x.view(2, 2), params[:2, None], None, None, 3, [1, 0, 1], *how
+                ),
+            )
+            for grad_y in (torch.randn(2, 3), torch.randn(2, 1), torch.randn(3, 2))
+        ),
         (
             "grad_logdet has another shape",
             lambda: ops.rational_quadratic_spline_packed_backward(x, x[:3], x, params, None, None, 3, None, *how),

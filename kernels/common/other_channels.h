@@ -18,7 +18,7 @@ struct Progression {
     if (i < first) return i;
     const int64_t behind = i - first;
     if (behind >= (count - 1) * (step - 1)) return i + count;
-    const int64_t gap = int64_t(uint32_t(behind) / uint32_t(step - 1));  // channels are far fewer than 2^32
+    const int64_t gap = int64_t(uint32_t(behind) / uint32_t(step - 1));
     return first + gap * step + 1 + (behind - gap * (step - 1));
   }
 };
@@ -34,7 +34,8 @@ struct OtherChannels {
   char* to;
 };
 
-// False where there are too many dimensions. Channels are those of `channel`, of at least one is transformed.
+// False where there are too many dimensions or channels. Channels are those of dimension `channel`, of which at least
+// one is transformed.
 inline bool plan_other_channels(const int64_t* sizes, int dims, int channel, const Progression& transformed,
                                 const void* from, const int64_t* from_strides, void* to, const int64_t* to_strides,
                                 int element_bytes, OtherChannels& plan) {
@@ -43,6 +44,7 @@ inline bool plan_other_channels(const int64_t* sizes, int dims, int channel, con
   plan.from = static_cast<const char*>(from), plan.to = static_cast<char*>(to);
   plan.transformed = transformed;
   if (transformed.count == 1) plan.transformed.step = 1;
+  if (sizes[channel] > INT32_MAX) return false;
   plan.count = 1;
   int order[64], kept = 0;
   for (int d = 0; d < dims; ++d) {
