@@ -33,8 +33,8 @@ def three_runs(run, model, integration, *tensors, **how):
 
 
 def draws_of(run, model, integration, *tensors, **how):
-    """three_runs() on five first tensors that differ by 1e-5 or less: what one rounding makes of a steep bin is luck, the
-    median of five draws is not. The integration's report is that of one of them."""
+    """three_runs() on five first tensors that differ by 1e-5 or less: what one rounding makes of a steep bin is luck,
+    the median of five draws is not. The integration's report is that of one of them."""
     draws = []
     for k in range(5):
         integration.report(reset=True)
