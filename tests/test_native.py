@@ -31,7 +31,7 @@ def built(driver, *flags):
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
         command = [COMPILER, *OPTIMISED, *flags, str(driver), "-o", f"{program}.new", "-lpthread"]
-        subprocess.run(command, check=True, timeout=600)
+        subprocess.run(command, check=True, timeout=1800)  # sanitizers take ten minutes over coupling_cuda
         os.replace(f"{program}.new", program)
     return program
 
