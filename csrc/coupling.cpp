@@ -20,7 +20,8 @@ struct Cpu {
   template <bool kBackward, class R>
   static void spline(const SplineElements& e, const Spline<R>& s, const Tensor&) {
     if (e.count == 0) {
-      if (!kBackward && e.summed) std::memset(e.sample_logdet, 0, size_t(e.samples * storage_bytes(e.logdet_type)));
+      if (!kBackward && e.summed)
+        std::fill_n(static_cast<char*>(e.sample_logdet), e.samples * storage_bytes(e.logdet_type), '\0');
       return;
     }
     const SampleUnits units(e.samples, e.sample_size);

@@ -20,7 +20,7 @@ struct AffineOnCpu {
   template <class R>
   static void forward(const AffineCall<kForwardOperands>& call, const Tensor&) {
     if (call.elements() == 0) {
-      if (call.summed) std::memset(call.data[kLogdet], 0, size_t(call.samples) * sizeof(R));
+      if (call.summed) std::fill_n(static_cast<R*>(call.data[kLogdet]), call.samples, R(0));
       return;
     }
     const SampleUnits units(call.samples, call.sample_size);
