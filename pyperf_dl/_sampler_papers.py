@@ -36,11 +36,6 @@ class Level(NamedTuple):
 # ---- what a model's output stands for ----
 
 
-def guided(output: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans, 2022), where weight 1 is none."""
-    return output if uncond is None else uncond + guidance * (output - uncond)
-
-
 def denoised(x: torch.Tensor, output: torch.Tensor, now: Level, prediction: str) -> torch.Tensor:
     """x0 as predicted: through the noise (epsilon), itself (x0), v = alpha noise - sigma x0 of the sample at unit
     variance (Salimans and Ho, 2022), or the velocity noise - x0 (Liu et al.: rectified flow, 2022)."""
@@ -58,22 +53,6 @@ def denoised(x: torch.Tensor, output: torch.Tensor, now: Level, prediction: str)
 def noise_in(x: torch.Tensor, d: torch.Tensor, now: Level) -> torch.Tensor:
     """The noise that makes x of the denoised sample."""
     return (x - now.alpha * d) / now.sigma
-
-
-def thresholded(d: torch.Tensor, ratio: float, largest: float = 1.0) -> torch.Tensor:
-    """Dynamic thresholding (Saharia et al.: Imagen, 2022): clipped at a quantile of each sample's magnitudes, between 1
-    and `largest`, and divided by it."""
-    s = torch.quantile(d.abs().flatten(1), ratio, dim=1).clamp(1.0, largest)
-    s = s.view(-1, *[1] * (d.dim() - 1))
-    return d.clamp(-s, s) / s
-
-
-def rescaled_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
-    """Guidance with the standard deviation of the conditional output (Lin et al.: Common diffusion noise schedules and
-    sample steps are flawed, 2023), mixed with the guided one by `rescale`."""
-    dims = tuple(range(1, guided.dim()))
-    same = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
-    return rescale * same + (1 - rescale) * guided
 
 
 # ---- variance-preserving samplers ----
@@ -357,16 +336,3 @@ def flow_ancestral(
     share = down / sigma
     deviation = math.sqrt(max(sigma_after**2 - (down * scale) ** 2, 0.0))
     return scale * (share * x + (1 - share) * d) + deviation * s_noise * noise
-
-
-def flow_sde(
-    x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_after: float, s: float, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Liu et al.: Flow-GRPO (2025), eq. 9: the marginals of the flow with noise s, and for each sample the mean
-    log-probability of the transition."""
-    step = sigma_after - sigma
-    mean = x * (1 + s**2 * step / (2 * sigma)) + velocity * (1 + s**2 * (1 - sigma) / (2 * sigma)) * step
-    deviation = s * math.sqrt(-step)
-    after = mean + deviation * noise
-    log = -((after - mean) ** 2) / (2 * deviation**2) - math.log(deviation) - 0.5 * math.log(2 * math.pi)
-    return after, log.flatten(1).mean(1)

@@ -91,11 +91,12 @@ void spline_block(const coupling::Spline<R>& c, const SplineScratch<R>& scratch,
   using M = VectorMachine<R>;
   using Pair = PairMachine<M>;
   if constexpr (PYPERF_VECTOR_BYTES > 16) {  // all this takes long to compile
-    const bool one = n <= M::kLanes;
-    if constexpr (sizeof(R) == 4) {
-      if (one && c.bins == 8) return spline_block_of<M, kBackward, 8>(c, scratch, logdet);
+    if (n <= M::kLanes) {
+      if constexpr (sizeof(R) == 4) {
+        if (c.bins == 8) return spline_block_of<M, kBackward, 8>(c, scratch, logdet);
+      }
+      return spline_block_of<M, kBackward, 0>(c, scratch, logdet);
     }
-    if (one) return spline_block_of<M, kBackward, 0>(c, scratch, logdet);
     if constexpr (sizeof(R) == 4) {
       if (c.bins == 8) return spline_block_of<Pair, kBackward, 8>(c, scratch, logdet);
       if (c.bins == 10) return spline_block_of<Pair, kBackward, 10>(c, scratch, logdet);

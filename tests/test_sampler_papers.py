@@ -113,6 +113,17 @@ def test_euler(prediction, monkeypatch):
         assert_near(sampler.euler(x, d, sigmas[i], sigmas[i + 1]), result.prev_sample, ROUNDED)
 
 
+def test_churn(monkeypatch):
+    """The peer adds the noise when the model has run."""
+    scheduler, noise = peer("EulerDiscreteScheduler", monkeypatch)
+    sigmas = scheduler.sigmas.tolist()
+    gamma = min(0.8 / (len(sigmas) - 1), 2**0.5 - 1)
+    for i, _, x, output, result in stepped(scheduler, start(sigmas[0]), s_churn=0.8, s_noise=1.01):
+        churned, sigma = sampler.churned(x, sigmas[i], gamma, 1.01 * noise)
+        d = sampler.denoised(churned, output, Level(1.0, sigma), "epsilon")
+        assert_near(sampler.euler(churned, d, sigma, sigmas[i + 1]), result.prev_sample, ROUNDED)
+
+
 def test_euler_ancestral(monkeypatch):
     scheduler, noise = peer("EulerAncestralDiscreteScheduler", monkeypatch)
     sigmas = scheduler.sigmas.tolist()
@@ -251,4 +262,17 @@ def test_flow_match_euler(stochastic, monkeypatch):
         else:
             got = sampler.flow_euler(x, output, sigmas[i], sigmas[i + 1])
         assert_near(got, want, ROUNDED)
+        x = want
+
+
+def test_flow_ancestral(monkeypatch):
+    if not hasattr(diffusers, "LTXEulerAncestralRFScheduler"):
+        pytest.skip("this diffusers has no such scheduler")
+    scheduler, noise = peer("LTXEulerAncestralRFScheduler", monkeypatch, eta=0.7, s_noise=1.01)
+    sigmas, x = scheduler.sigmas.tolist(), start()
+    for i, t in enumerate(scheduler.timesteps):
+        output = model(x, t)
+        d = sampler.denoised(x, output, Level(1 - sigmas[i], sigmas[i]), "flow")
+        want = scheduler.step(output, t, x).prev_sample.double()
+        assert_near(sampler.flow_ancestral(x, d, sigmas[i], sigmas[i + 1], noise, 0.7, 1.01), want, ROUNDED)
         x = want
