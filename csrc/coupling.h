@@ -7,21 +7,9 @@
 #include <vector>
 
 #include "../kernels/common/other_channels.h"
-#include "../kernels/common/storage.h"
 #include "common/tensor.h"
 
 namespace pyperf::coupling {
-
-inline Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return Storage::f16;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::Double: return Storage::f64;
-    default: require(false, "coupling: tensors must be float16, bfloat16, float32 or float64");
-  }
-  return Storage::f32;
-}
 
 inline ScalarType logdet_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -111,21 +99,6 @@ struct Split {
     copy_(into, sliced(from, dim, begin, end, step));
   }
 };
-
-// The first `dims` sizes.
-inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
-  return {t.sizes().begin(), t.sizes().begin() + dims};
-}
-
-// New tensors: like `t`, which keeps the order of its dimensions in memory, and in logical order.
-inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
-  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), dtype);
-}
-inline Tensor contiguous_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> logical(sizes.size());
-  std::iota(logical.begin(), logical.end(), int64_t(0));
-  return empty(like, sizes, logical, dtype);
-}
 
 // y and the log-det, not yet filled.
 inline std::tuple<Tensor, Tensor> empty_outputs(const Tensor& x, const Split& split, int64_t sample_dims) {

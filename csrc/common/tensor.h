@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../../kernels/common/storage.h"
 #include "../../kernels/common/strided_rows.h"
 
 namespace pyperf {
@@ -30,6 +31,17 @@ void require(bool condition, const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+inline Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Storage::f16;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::Double: return Storage::f64;
+    default: require(false, "pyperf_dl: tensors must be float16, bfloat16, float32 or float64");
+  }
+  return Storage::f32;
 }
 
 // Order of the dimensions in memory, outermost first. A dense tensor keeps its own, anything else gets the logical one.
@@ -79,6 +91,21 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type, device, index, &made));
   return Tensor(made);
+}
+
+// The first `dims` sizes.
+inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
+  return {t.sizes().begin(), t.sizes().begin() + dims};
+}
+
+// New tensors: like `t`, which keeps the order of its dimensions in memory, and in logical order.
+inline Tensor empty_as(const Tensor& t, ScalarType dtype) {
+  return empty(t, sizes_of(t, t.dim()), preserved_layout(t), dtype);
+}
+inline Tensor contiguous_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> logical(sizes.size());
+  std::iota(logical.begin(), logical.end(), int64_t(0));
+  return empty(like, sizes, logical, dtype);
 }
 
 // Indices begin, begin + step, ... below `end` of a dimension, a view.

@@ -1,0 +1,46 @@
+// The schemas of samplers and their CPU backend.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "common/simd.h"
+#include "sampler.h"
+
+#define PYPERF_SIMD_BODY "sampler.h"  // the one in kernels/cpu
+#include "../kernels/cpu/simd_levels.h"
+
+namespace pyperf::sampler {
+namespace {
+
+struct OnCpu {
+  static void step(const StepCall& call, const Tensor&) {
+    PYPERF_AT_SIMD_LEVEL(step<TorchThreads>)(call, TorchThreads());
+  }
+  static void step_backward(const StepCall& call, const StepGradients& grads, const Tensor&) {
+    PYPERF_AT_SIMD_LEVEL(step_backward<TorchThreads>)(call, grads, TorchThreads());
+  }
+};
+
+}  // namespace
+}  // namespace pyperf::sampler
+
+// table: float64 [rows, columns], see kernels/math/sampler_call.h. step (int64), guidance (float64), key (int64): one
+// number, or one a sample; None: row, guidance_scale, no noise from keys. low, high: of the clip, infinite for none.
+// Outputs that were not asked for are empty.
+#define PYPERF_STEP_NUMBERS                                                                                        \
+  "Tensor table, Tensor? step, Tensor? guidance, Tensor? key, SymInt row, float guidance_scale, float low, float " \
+  "high, "
+STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
+  m.def(
+      "sampler_step(Tensor x, Tensor output, Tensor? unconditional, Tensor? variance, Tensor? h1, Tensor? h2, "
+      "Tensor? h3, Tensor? last, Tensor? noise, " PYPERF_STEP_NUMBERS
+      "bool denoised, bool keeps, SymInt copies, SymInt sample_dims) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sampler_step_backward(Tensor grad_next, Tensor grad_denoised, Tensor grad_kept, Tensor grad_corrected, "
+      "Tensor grad_model_input, Tensor? x, Tensor? output, Tensor? unconditional, Tensor? variance, "
+      "Tensor? noise, " PYPERF_STEP_NUMBERS
+      "bool guided, bool denoised, bool keeps, bool corrects, SymInt copies, SymInt wanted, SymInt sample_dims) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyperf_dl, CPU, m) { PYPERF_IMPLEMENT_SAMPLER(m, pyperf::sampler::OnCpu); }

@@ -1,0 +1,271 @@
+// Steps of samplers between torch and kernels/: checks, outputs, and how operands lie. A backend offers
+//   static void step(const StepCall&, const Tensor& like)
+//   static void step_backward(const StepCall&, const StepGradients&, const Tensor& like)
+// Schemas are in sampler.cpp.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "../kernels/math/sampler_call.h"
+#include "common/tensor.h"
+
+namespace pyperf::sampler {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// What is not a tensor, in the order of the schemas.
+struct StepStatics {
+  int64_t row;
+  double guidance_scale, low, high;
+  int64_t copies, sample_dims;
+};
+
+// The shape of a sample tensor and the order of its dimensions in memory: those that index samples lead.
+class SampleShape {
+ public:
+  SampleShape(const Tensor& x, int64_t sample_dims) : sizes_(sizes_of(x, x.dim())), sample_dims_(sample_dims) {
+    require(sample_dims >= 0 && sample_dims <= x.dim(), "sampler_step: sample_dims must be in [0, ", x.dim(), "], got ",
+            sample_dims);
+    layout_.resize(sizes_.size());
+    std::iota(layout_.begin(), layout_.end(), int64_t(0));
+    std::stable_sort(layout_.begin() + sample_dims, layout_.end(),
+                     [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+    if (!is_dense(x)) std::iota(layout_.begin(), layout_.end(), int64_t(0));
+    for (int64_t d = 0; d < x.dim(); ++d) (d < sample_dims ? samples : size) *= sizes_[d];
+  }
+
+  int64_t samples = 1, size = 1;
+
+  int64_t group() const { return sample_dims_ ? sizes_[sample_dims_ - 1] : 1; }
+
+  Tensor output(const Tensor& like, ScalarType dtype) const { return empty(like, sizes_, layout_, dtype); }
+  // [..., copies, samples of a group, sample]
+  Tensor model_inputs(const Tensor& like, int64_t copies, ScalarType dtype) const {
+    const int64_t at = std::max<int64_t>(sample_dims_ - 1, 0);
+    std::vector<int64_t> sizes = sizes_, layout = layout_;
+    sizes.insert(sizes.begin() + at, copies);
+    for (int64_t& d : layout) d += d >= at;
+    layout.insert(layout.begin() + at, at);
+    return empty(like, sizes, layout, dtype);
+  }
+
+  bool matches(const Tensor& t) const {
+    return std::equal(t.sizes().begin(), t.sizes().end(), sizes_.begin(), sizes_.end());
+  }
+  // `t` itself, or a copy that lies as a kernel wants it.
+  Tensor arranged(const Tensor& t) const {
+    if (is_dense(t) && sample_stride(t) >= 0) return t;
+    Tensor copy = output(t, t.scalar_type());
+    copy_(copy, t);
+    return copy;
+  }
+  Elements elements(const Tensor& t) const { return {t.data_ptr(), sample_stride(t)}; }
+
+ private:
+  std::vector<int64_t> sizes_, layout_;
+  int64_t sample_dims_;
+
+  bool is_dense(const Tensor& t) const {
+    int64_t expected = 1;
+    for (int64_t i = t.dim() - 1; i >= sample_dims_; --i) {
+      const int64_t d = layout_[i];
+      if (sizes_[d] != 1 && t.stride(d) != expected) return false;
+      expected *= sizes_[d];
+    }
+    return true;
+  }
+  // From one sample to the next; -1 where that is not one number.
+  int64_t sample_stride(const Tensor& t) const {
+    int64_t stride = -1, next = 0;
+    for (int64_t d = sample_dims_ - 1; d >= 0; --d) {
+      if (sizes_[d] == 1) continue;
+      if (stride < 0)
+        stride = t.stride(d);
+      else if (t.stride(d) != next)
+        return -1;
+      next = t.stride(d) * sizes_[d];
+    }
+    return std::max<int64_t>(stride, 0);
+  }
+};
+
+inline bool is_half(const Tensor& t) { return storage_bytes(storage_of(t)) == 2; }
+
+// Of one number a sample: its values and how many there are.
+template <class T>
+std::tuple<const T*, int64_t> numbers(const char* what, const MaybeTensor& t, const Tensor& x, const SampleShape& shape,
+                                      ScalarType dtype) {
+  if (!t) return {nullptr, 1};
+  require(t->scalar_type() == dtype && t->device() == x.device() && t->is_contiguous() && t->numel() > 0 &&
+              (shape.samples == 0 || shape.samples % t->numel() == 0),
+          "sampler_step: ", what, " must be contiguous, on x's device, with one number or one a sample");
+  return {static_cast<const T*>(t->data_ptr()), t->numel()};
+}
+
+// Everything but the operands.
+inline StepCall call_of(const Tensor& x, ScalarType output_type, const SampleShape& shape, const Tensor& table,
+                        const MaybeTensor& step, const MaybeTensor& guidance, const MaybeTensor& key,
+                        const StepStatics& statics) {
+  require(table.dim() == 2 && table.size(1) == kColumns && table.size(0) > 0 && table.is_contiguous() &&
+              table.scalar_type() == ScalarType::Double && table.device() == x.device(),
+          "sampler_step: table must be float64 [rows, ", int(kColumns), "], contiguous, on x's device");
+  require(statics.copies >= 0, "sampler_step: copies must be >= 0, got ", statics.copies);
+  StepCall call{};
+  call.type = storage_of(x);
+  switch (output_type) {
+    case ScalarType::Half: call.output_type = Storage::f16; break;
+    case ScalarType::BFloat16: call.output_type = Storage::bf16; break;
+    default: call.output_type = call.type;
+  }
+  call.samples = shape.samples, call.sample_size = shape.size;
+  call.copies = statics.copies, call.group = std::max<int64_t>(shape.group(), 1);
+  call.table = static_cast<const double*>(table.data_ptr()), call.rows = table.size(0);
+  std::tie(call.step, call.steps) = numbers<int64_t>("step", step, x, shape, ScalarType::Long);
+  std::tie(call.guidance, call.guidances) = numbers<double>("guidance", guidance, x, shape, ScalarType::Double);
+  std::tie(call.key, call.keys) = numbers<int64_t>("key", key, x, shape, ScalarType::Long);
+  call.row = statics.row, call.guidance_scale = statics.guidance_scale;
+  call.low = statics.low, call.high = statics.high;
+  return call;
+}
+
+// Samples that are treated alike and lie one behind the other are one.
+inline void merge_samples(StepCall& call, StepGradients* grads = nullptr) {
+  const bool one_group = call.group == call.samples || call.copies <= 1;
+  if (call.samples <= 1 || call.steps > 1 || call.guidances > 1 || call.key || !one_group) return;
+  const auto dense = [&](const Elements& e) { return !e.data || e.stride == call.sample_size; };
+  for (int k = 0; k < kOperands; ++k)
+    if (k != kModelInput && !dense(call.operand[k])) return;
+  if (grads) {
+    for (int k = 0; k < kOutputs; ++k)
+      if (k != kModelInput - kInputs && !dense(grads->of_output[k])) return;
+    for (const Elements& e : grads->of_input)
+      if (!dense(e)) return;
+  }
+  call.sample_size *= call.samples;
+  call.samples = call.group = 1;
+}
+
+inline void check_dtypes(const Tensor& x, const Tensor& output) {
+  require(output.scalar_type() == x.scalar_type() || (storage_of(x) == Storage::f32 && is_half(output)),
+          "sampler_step: output must have x's dtype, or 16 bits for a float32 x");
+}
+
+// The operands of a call, and the copies that some of them needed.
+class Operands {
+ public:
+  Operands(const Tensor& x, const SampleShape& shape) : x_(x), shape_(shape) {}
+
+  Elements input(const char* what, const MaybeTensor& t, ScalarType dtype) {
+    if (!t) return {};
+    require(shape_.matches(*t) && t->scalar_type() == dtype && t->device() == x_.device(), "sampler_step: ", what,
+            " must have the shape and device of x and the dtype of its kind");
+    held_.push_back(shape_.arranged(*t));
+    return shape_.elements(held_.back());
+  }
+
+ private:
+  const Tensor& x_;
+  const SampleShape& shape_;
+  std::vector<Tensor> held_;
+};
+
+inline Tensor nothing(const Tensor& like, ScalarType dtype) { return empty(like, {0}, {0}, dtype); }
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(
+    const Tensor& x, const Tensor& output, const MaybeTensor& unconditional, const MaybeTensor& variance,
+    const MaybeTensor& h1, const MaybeTensor& h2, const MaybeTensor& h3, const MaybeTensor& last,
+    const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps, const MaybeTensor& guidance,
+    const MaybeTensor& key, int64_t row, double guidance_scale, double low, double high, bool denoised, bool keeps,
+    int64_t copies, int64_t sample_dims) {
+  check_dtypes(x, output);
+  const ScalarType type = x.scalar_type(), model_type = output.scalar_type();
+  const SampleShape shape(x, sample_dims);
+  StepCall call =
+      call_of(x, model_type, shape, table, steps, guidance, key, {row, guidance_scale, low, high, copies, sample_dims});
+  require(!(noise && key), "sampler_step: noise and key exclude each other");
+  call.guided = unconditional.has_value(), call.corrects = last.has_value();
+  const auto made = [&](bool wanted) { return wanted ? shape.output(x, type) : nothing(x, type); };
+  const Tensor next = made(true), x0 = made(denoised), kept = made(keeps), corrected = made(call.corrects);
+  const Tensor model_input = copies ? shape.model_inputs(x, copies, model_type) : nothing(x, model_type);
+  Operands of(x, shape);
+  call.operand[kSample] = of.input("x", x, type);
+  call.operand[kOutput] = of.input("output", output, model_type);
+  call.operand[kUnconditional] = of.input("unconditional", unconditional, model_type);
+  call.operand[kVariance] = of.input("variance", variance, model_type);
+  call.operand[kHistory1] = of.input("h1", h1, type);
+  call.operand[kHistory2] = of.input("h2", h2, type);
+  call.operand[kHistory3] = of.input("h3", h3, type);
+  call.operand[kLast] = of.input("last", last, type);
+  call.operand[kNoise] = of.input("noise", noise, type);
+  call.operand[kNext] = shape.elements(next);
+  if (denoised) call.operand[kDenoised] = shape.elements(x0);
+  if (keeps) call.operand[kKept] = shape.elements(kept);
+  if (call.corrects) call.operand[kCorrected] = shape.elements(corrected);
+  if (copies) call.operand[kModelInput].data = model_input.data_ptr();
+  merge_samples(call);
+  if (x.numel()) Backend::step(call, x);
+  return {next, x0, kept, corrected, model_input};
+}
+
+// wanted: bits of the inputs, in their order. Values of x, output, unconditional are needed where low or high are
+// finite, those of variance and noise where the variance was learned.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
+    const Tensor& grad_next, const Tensor& grad_denoised, const Tensor& grad_kept, const Tensor& grad_corrected,
+    const Tensor& grad_model_input, const MaybeTensor& x, const MaybeTensor& output, const MaybeTensor& unconditional,
+    const MaybeTensor& variance, const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps,
+    const MaybeTensor& guidance, const MaybeTensor& key, int64_t row, double guidance_scale, double low, double high,
+    bool guided, bool denoised, bool keeps, bool corrects, int64_t copies, int64_t wanted, int64_t sample_dims) {
+  check_dtypes(grad_next, grad_model_input);
+  const ScalarType type = grad_next.scalar_type(), model_type = grad_model_input.scalar_type();
+  const SampleShape shape(grad_next, sample_dims);
+  StepCall call = call_of(grad_next, model_type, shape, table, steps, guidance, key,
+                          {row, guidance_scale, low, high, copies, sample_dims});
+  call.guided = guided, call.corrects = corrects;
+  require(!call.clips() || (x && output && unconditional.has_value() == guided),
+          "sampler_step_backward: a clip needs x, output and unconditional");
+  const auto wants = [&](int k) { return (wanted >> k & 1) != 0; };
+  const bool learned = wants(kVariance) || (variance && wants(kNoise));
+  require(!learned || (variance && (noise || key)),
+          "sampler_step_backward: a learned variance needs variance, and noise or key");
+  Operands of(grad_next, shape);
+  StepGradients grads{};
+  grads.of_output[kNext - kInputs] = of.input("grad_next", grad_next, type);
+  if (denoised) grads.of_output[kDenoised - kInputs] = of.input("grad_denoised", grad_denoised, type);
+  if (keeps) grads.of_output[kKept - kInputs] = of.input("grad_kept", grad_kept, type);
+  if (corrects) grads.of_output[kCorrected - kInputs] = of.input("grad_corrected", grad_corrected, type);
+  Tensor laid;
+  if (copies) {
+    laid = shape.model_inputs(grad_next, copies, model_type);
+    require(std::equal(laid.sizes().begin(), laid.sizes().end(), grad_model_input.sizes().begin(),
+                       grad_model_input.sizes().end()),
+            "sampler_step_backward: grad_model_input has another shape than the input of the model");
+    if (std::equal(laid.strides().begin(), laid.strides().end(), grad_model_input.strides().begin()))
+      laid = grad_model_input;
+    else
+      copy_(laid, grad_model_input);
+    grads.of_output[kModelInput - kInputs].data = laid.data_ptr();
+  }
+  call.operand[kSample] = of.input("x", x, type);
+  call.operand[kOutput] = of.input("output", output, model_type);
+  call.operand[kUnconditional] = of.input("unconditional", unconditional, model_type);
+  call.operand[kVariance] = of.input("variance", variance, model_type);
+  call.operand[kNoise] = of.input("noise", noise, type);
+  std::array<Tensor, kInputs> made;
+  for (int k = 0; k < kInputs; ++k) {
+    const ScalarType dtype = k == kOutput || k == kUnconditional || k == kVariance ? model_type : type;
+    made[k] = wants(k) ? shape.output(grad_next, dtype) : nothing(grad_next, dtype);
+    if (wants(k)) grads.of_input[k] = shape.elements(made[k]);
+  }
+  merge_samples(call, &grads);
+  if (grad_next.numel()) Backend::step_backward(call, grads, grad_next);
+  return {made[0], made[1], made[2], made[3], made[4], made[5], made[6], made[7], made[8]};
+}
+
+}  // namespace pyperf::sampler
+
+#define PYPERF_IMPLEMENT_SAMPLER(m, Backend)                          \
+  m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>)); \
+  m.impl("sampler_step_backward", TORCH_BOX(&pyperf::sampler::step_backward<Backend>))

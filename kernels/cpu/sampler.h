@@ -1,0 +1,303 @@
+// One step of a sampler on a CPU: runs of neighbouring elements of one sample, a vector at a time. Stamped once for
+// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h, ../math/sampler_call.h.
+#include "elements.h"
+#include "normals.h"
+
+#include "../math/sampler.h"
+
+constexpr int64_t kStepRun = 2048;  // elements of a unit of work; a multiple of every vector
+
+// Operands of a run, T of samples and O of what the model makes and sees; null where there is none.
+template <class T, class O>
+struct StepRun {
+  const T *x, *h1, *h2, *h3, *last, *noise;
+  const O *output, *unconditional, *variance;
+  const float* normals;  // noise that was made from keys
+  T *next, *denoised, *kept, *corrected;
+  O* model_input;
+};
+template <class R, class T, class O>
+struct GradientRun {
+  const T *grad_next, *grad_denoised, *grad_kept, *grad_corrected, *x, *noise;
+  const O *output, *unconditional, *variance;
+  const float* normals;
+  const R* grad_model_input;  // summed over its copies
+  T *grad_x, *grad_h1, *grad_h2, *grad_h3, *grad_last, *grad_noise;
+  O *grad_output, *grad_unconditional, *grad_variance;
+};
+
+// ---- vectors ----
+
+// Without history, noise, correction, or a second output.
+template <bool kGuided, bool kClipped, class R, class T, class O>
+__attribute__((noinline)) void plain_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
+  using M = VectorMachine<R>;
+  constexpr int L = M::kLanes;
+  const StepRun<T, O> o = run;
+  for (int64_t i = 0; i < n; i += L) {
+    const auto x = load_lanes<R, L>(o.x + i);
+    auto m = load_lanes<R, L>(o.output + i);
+    if constexpr (kGuided) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
+    auto of_m = m * w.m;
+    if constexpr (kClipped) of_m = M::fma(M::of(w.d), math::clipped<M>(w, math::unclipped<M>(w, x, m)), of_m);
+    store_lanes<L, R>(M::fma(M::of(w.x), x, of_m), o.next + i);
+  }
+}
+
+template <class R, class T, class O>
+__attribute__((noinline)) void full_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
+  using M = VectorMachine<R>;
+  constexpr int L = M::kLanes;
+  const StepRun<T, O> o = run;
+  for (int64_t i = 0; i < n; i += L) {
+    auto x = load_lanes<R, L>(o.x + i);
+    auto m = load_lanes<R, L>(o.output + i);
+    if (o.unconditional) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
+    const auto d = math::clipped<M>(w, math::unclipped<M>(w, x, m));
+    if (o.denoised) store_lanes<L, R>(d, o.denoised + i);
+    typename M::V h1 = {}, h2 = {};
+    if (o.h1) h1 = load_lanes<R, L>(o.h1 + i);
+    if (o.h2) h2 = load_lanes<R, L>(o.h2 + i);
+    if (o.last) {
+      x = M::fma(M::of(w.last_d), d, load_lanes<R, L>(o.last + i) * w.last_x);
+      if (o.h1) x = M::fma(M::of(w.last_h1), h1, x);
+      if (o.h2) x = M::fma(M::of(w.last_h2), h2, x);
+    }
+    if (o.corrected) store_lanes<L, R>(x, o.corrected + i);
+    if (o.kept) store_lanes<L, R>(M::fma(M::of(w.keep_d), d, M::fma(M::of(w.keep_m), m, x * w.keep_x)), o.kept + i);
+    auto next = m * w.m;
+    if (w.d != R(0)) next = M::fma(M::of(w.d), d, next);
+    next = M::fma(M::of(w.x), x, next);
+    if (o.h1) next = M::fma(M::of(w.h1), h1, next);
+    if (o.h2) next = M::fma(M::of(w.h2), h2, next);
+    if (o.h3) next = M::fma(M::of(w.h3), load_lanes<R, L>(o.h3 + i), next);
+    if (o.noise || o.normals) {
+      const auto noise = o.noise ? load_lanes<R, L>(o.noise + i) : load_lanes<R, L>(o.normals + i);
+      const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
+      next = M::fma(deviation, noise, next);
+    }
+    if (o.next) store_lanes<L, R>(next, o.next + i);
+    if (o.model_input) store_lanes<L, R>(next * w.input, o.model_input + i);
+  }
+}
+
+template <class R, class T, class O>
+__attribute__((noinline)) void step_gradients(const StepWeights<R>& w, bool guided, bool clips, bool corrects,
+                                              const GradientRun<R, T, O>& run, int64_t n) {
+  using M = VectorMachine<R>;
+  using V = typename M::V;
+  constexpr int L = M::kLanes;
+  const GradientRun<R, T, O> o = run;
+  for (int64_t i = 0; i < n; i += L) {
+    V next = {}, kept = {};
+    if (o.grad_next) next = load_lanes<R, L>(o.grad_next + i);
+    if (o.grad_model_input) next = M::fma(M::of(w.input), M::load(o.grad_model_input + i), next);
+    if (o.grad_kept) kept = load_lanes<R, L>(o.grad_kept + i);
+    auto x = M::fma(M::of(w.x), next, kept * w.keep_x);
+    if (o.grad_corrected) x = x + load_lanes<R, L>(o.grad_corrected + i);
+    auto d = M::fma(M::of(w.d), next, kept * w.keep_d);
+    if (o.grad_denoised) d = d + load_lanes<R, L>(o.grad_denoised + i);
+    if (corrects) d = M::fma(M::of(w.last_d), x, d);
+    if (clips) {
+      auto m = load_lanes<R, L>(o.output + i);
+      if (guided) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
+      const auto of = math::unclipped<M>(w, load_lanes<R, L>(o.x + i), m);
+      d = M::select(M::at_least(of, M::of(w.low)) & M::at_least(M::of(w.high), of), d, V{});
+    }
+    const auto m = M::fma(M::of(w.m), next, M::fma(M::of(w.keep_m), kept, d * w.q));
+    const auto through_d = d * w.p;
+    if (o.grad_x) store_lanes<L, R>(corrects ? through_d : through_d + x, o.grad_x + i);
+    if (guided) {
+      const auto conditional = m * w.guidance;
+      if (o.grad_output) store_lanes<L, R>(conditional, o.grad_output + i);
+      if (o.grad_unconditional) store_lanes<L, R>(m - conditional, o.grad_unconditional + i);
+    } else if (o.grad_output) {
+      store_lanes<L, R>(m, o.grad_output + i);
+    }
+    const auto of_last = corrects ? x : V{};
+    if (o.grad_h1) store_lanes<L, R>(M::fma(M::of(w.h1), next, of_last * w.last_h1), o.grad_h1 + i);
+    if (o.grad_h2) store_lanes<L, R>(M::fma(M::of(w.h2), next, of_last * w.last_h2), o.grad_h2 + i);
+    if (o.grad_h3) store_lanes<L, R>(next * w.h3, o.grad_h3 + i);
+    if (o.grad_last) store_lanes<L, R>(x * w.last_x, o.grad_last + i);
+    if (!o.grad_noise && !o.grad_variance) continue;
+    const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
+    if (o.grad_noise) store_lanes<L, R>(next * deviation, o.grad_noise + i);
+    if (o.grad_variance) {
+      const auto noise = o.noise ? load_lanes<R, L>(o.noise + i) : load_lanes<R, L>(o.normals + i);
+      store_lanes<L, R>(next * noise * deviation * w.log_deviation_slope, o.grad_variance + i);
+    }
+  }
+}
+
+// ---- runs ----
+
+// Whole vectors where the operands lie, and the rest through memory of its own: run(operands, n) for n whole vectors.
+// `visit(operands, move)` calls move(pointer) for each pointer of a run.
+template <int L, class Operands, class Run, class Visit>
+void in_vectors(Operands o, int64_t n, const Run& run, const Visit& visit) {
+  constexpr int kPointers = 24;
+  const int64_t whole = n / L * L, rest = n - whole;
+  if (whole) run(o, whole);
+  if (!rest) return;
+  alignas(64) char memory[kPointers][L * 8];
+  int place = 0;
+  Operands padded = o;
+  visit(padded, [&](auto*& p) {
+    using S = std::remove_const_t<std::remove_reference_t<decltype(*p)>>;
+    if (!p) return;
+    S* const own = reinterpret_cast<S*>(memory[place++]);
+    memset(static_cast<void*>(own), 0, L * sizeof(S));
+    if constexpr (std::is_const_v<std::remove_reference_t<decltype(*p)>>)
+      memcpy(static_cast<void*>(own), p + whole, rest * sizeof(S));
+    p = own;
+  });
+  run(padded, int64_t(L));
+  place = 0;
+  visit(o, [&](auto*& p) {
+    using S = std::remove_const_t<std::remove_reference_t<decltype(*p)>>;
+    if (!p) return;
+    if constexpr (!std::is_const_v<std::remove_reference_t<decltype(*p)>>)
+      memcpy(static_cast<void*>(p + whole), memory[place], rest * sizeof(S));
+    ++place;
+  });
+}
+
+template <class T>
+PYPERF_HD T* at_element(const sampler::Elements& e, int64_t sample, int64_t element) {
+  return e.data ? static_cast<T*>(e.data) + sample * e.stride + element : nullptr;
+}
+
+template <class R, class T, class O>
+void step_run(const sampler::StepCall& call, int64_t sample, int64_t first, int64_t n, const float* normals) {
+  using namespace sampler;
+  constexpr int L = VectorMachine<R>::kLanes;
+  const StepWeights<R> w(call, sample);
+  const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
+  const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
+  StepRun<T, O> o{};
+  o.x = of(kSample), o.h1 = of(kHistory1), o.h2 = of(kHistory2), o.h3 = of(kHistory3), o.last = of(kLast);
+  o.noise = of(kNoise), o.normals = normals;
+  o.output = of_model(kOutput), o.unconditional = of_model(kUnconditional), o.variance = of_model(kVariance);
+  o.next = of(kNext), o.denoised = of(kDenoised), o.kept = of(kKept), o.corrected = of(kCorrected);
+  O* const model_input = static_cast<O*>(call.operand[kModelInput].data);
+  if (model_input) o.model_input = model_input + call.model_input_at(sample, 0) + first;
+
+  const bool plain = !o.h1 && !o.h2 && !o.h3 && !o.last && !o.noise && !o.normals && !o.denoised && !o.kept &&
+                     !o.corrected && !o.model_input;
+  const auto pick = [&] {
+    if (!plain) return &full_step<R, T, O>;
+    if (o.unconditional) return call.clips() ? &plain_step<true, true, R, T, O> : &plain_step<true, false, R, T, O>;
+    return call.clips() ? &plain_step<false, true, R, T, O> : &plain_step<false, false, R, T, O>;
+  };
+  const auto pass = pick();
+  in_vectors<L>(
+      o, n, [&](const StepRun<T, O>& run, int64_t count) { pass(w, run, count); },
+      [](StepRun<T, O>& r, const auto& move) {
+        move(r.x), move(r.h1), move(r.h2), move(r.h3), move(r.last), move(r.noise), move(r.output);
+        move(r.unconditional), move(r.variance), move(r.normals), move(r.next), move(r.denoised), move(r.kept);
+        move(r.corrected), move(r.model_input);
+      });
+  for (int64_t copy = 1; model_input && copy < call.copies; ++copy)
+    memcpy(static_cast<void*>(model_input + call.model_input_at(sample, copy) + first), o.model_input, n * sizeof(O));
+}
+
+template <class R, class T, class O>
+void gradient_run(const sampler::StepCall& call, const sampler::StepGradients& grads, int64_t sample, int64_t first,
+                  int64_t n, const float* normals, R* sum) {
+  using namespace sampler;
+  constexpr int L = VectorMachine<R>::kLanes;
+  using Run = GradientRun<R, T, O>;
+  const StepWeights<R> w(call, sample);
+  const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
+  const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
+  const auto of_output = [&](int k) { return at_element<T>(grads.of_output[k - kNext], sample, first); };
+  const auto of_input = [&](int k) { return at_element<T>(grads.of_input[k], sample, first); };
+  const auto of_model_input = [&](int k) { return at_element<O>(grads.of_input[k], sample, first); };
+  Run o{};
+  o.grad_next = of_output(kNext), o.grad_denoised = of_output(kDenoised), o.grad_kept = of_output(kKept);
+  o.grad_corrected = of_output(kCorrected);
+  o.x = of(kSample), o.noise = of(kNoise), o.normals = normals;
+  o.output = of_model(kOutput), o.unconditional = of_model(kUnconditional), o.variance = of_model(kVariance);
+  if (const O* const grad = static_cast<const O*>(grads.of_output[kModelInput - kNext].data)) {
+    std::fill_n(sum, n, R(0));
+    for (int64_t copy = 0; copy < call.copies; ++copy) {
+      const O* const from = grad + call.model_input_at(sample, copy) + first;
+      for (int64_t i = 0; i < n; ++i) sum[i] += loaded<R>(from[i]);
+    }
+    o.grad_model_input = sum;
+  }
+  o.grad_x = of_input(kSample), o.grad_h1 = of_input(kHistory1), o.grad_h2 = of_input(kHistory2);
+  o.grad_h3 = of_input(kHistory3), o.grad_last = of_input(kLast), o.grad_noise = of_input(kNoise);
+  o.grad_output = of_model_input(kOutput), o.grad_unconditional = of_model_input(kUnconditional);
+  o.grad_variance = of_model_input(kVariance);
+  const bool clips = call.clips();
+  in_vectors<L>(
+      o, n, [&](const Run& run, int64_t count) { step_gradients(w, call.guided, clips, call.corrects, run, count); },
+      [](Run& r, const auto& move) {
+        move(r.grad_next), move(r.grad_denoised), move(r.grad_kept), move(r.grad_corrected), move(r.x), move(r.noise);
+        move(r.output), move(r.unconditional), move(r.variance), move(r.normals), move(r.grad_model_input);
+        move(r.grad_x), move(r.grad_h1), move(r.grad_h2), move(r.grad_h3), move(r.grad_last), move(r.grad_noise);
+        move(r.grad_output), move(r.grad_unconditional), move(r.grad_variance);
+      });
+}
+
+// ---- calls ----
+
+// visit(sample, first element, elements, scratch) for every run.
+template <class Parallel, class Visit>
+void in_runs(const sampler::StepCall& call, int64_t scratch_bytes, const Parallel& parallel, const Visit& visit) {
+  const int64_t pieces = (call.sample_size + kStepRun - 1) / kStepRun;
+  parallel(call.samples * pieces, 4, scratch_bytes, [&](int64_t from, int64_t to, void* scratch) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t first = i % pieces * kStepRun;
+      visit(i / pieces, first, std::min(kStepRun, call.sample_size - first), static_cast<char*>(scratch));
+    }
+  });
+}
+
+// The noise of a run, made in `memory`; null where none comes from keys.
+inline const float* normals_of(const sampler::StepCall& call, int64_t sample, int64_t first, int64_t n, float* memory) {
+  if (!call.key) return nullptr;
+  fill_normals(uint64_t(call.key[sample % call.keys]), call.row_of(sample), first, n, memory);
+  return memory;
+}
+
+// with(R(), T(), O()): of arithmetic, samples, and what the model makes.
+template <class With>
+void with_step_types(const sampler::StepCall& call, const With& with) {
+  switch (call.type) {
+    case Storage::f64: return with(double(), double(), double());
+    case Storage::f16: return with(float(), Float16(), Float16());
+    case Storage::bf16: return with(float(), BFloat16(), BFloat16());
+    case Storage::f32: break;
+  }
+  switch (call.output_type) {
+    case Storage::f16: return with(double(), float(), Float16());
+    case Storage::bf16: return with(double(), float(), BFloat16());
+    default: return with(double(), float(), float());
+  }
+}
+
+template <class Parallel>
+void step(const sampler::StepCall& call, const Parallel& parallel) {
+  with_step_types(call, [&](auto r, auto t, auto o) {
+    in_runs(call, kStepRun * sizeof(float), parallel, [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
+      const float* const normals = normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
+      step_run<decltype(r), decltype(t), decltype(o)>(call, sample, first, n, normals);
+    });
+  });
+}
+
+template <class Parallel>
+void step_backward(const sampler::StepCall& call, const sampler::StepGradients& grads, const Parallel& parallel) {
+  with_step_types(call, [&](auto r, auto t, auto o) {
+    using R = decltype(r);
+    in_runs(call, kStepRun * (sizeof(R) + sizeof(float)), parallel,
+            [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
+              R* const sum = reinterpret_cast<R*>(scratch);
+              const float* const normals =
+                  normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch + kStepRun * sizeof(R)));
+              gradient_run<R, decltype(t), decltype(o)>(call, grads, sample, first, n, normals, sum);
+            });
+  });
+}
