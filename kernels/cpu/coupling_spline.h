@@ -97,8 +97,8 @@ void spline_block(const coupling::Spline<R>& c, const SplineScratch<R>& scratch,
       }
       return spline_block_of<M, kBackward, 0>(c, scratch, logdet);
     }
+    if (c.bins == 8) return spline_block_of<Pair, kBackward, 8>(c, scratch, logdet);
     if constexpr (sizeof(R) == 4) {
-      if (c.bins == 8) return spline_block_of<Pair, kBackward, 8>(c, scratch, logdet);
       if (c.bins == 10) return spline_block_of<Pair, kBackward, 10>(c, scratch, logdet);
       if (c.bins == 16) return spline_block_of<Pair, kBackward, 16>(c, scratch, logdet);
     }
