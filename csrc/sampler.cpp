@@ -13,6 +13,10 @@ namespace pyperf::sampler {
 namespace {
 
 struct OnCpu {
+  static constexpr bool kDraws = false;
+  static void noise(const StepCall& call, const Tensor&) {
+    PYPERF_AT_SIMD_LEVEL(noise<TorchThreads>)(call, TorchThreads());
+  }
   static void step(const StepCall& call, const Tensor&) {
     PYPERF_AT_SIMD_LEVEL(step<TorchThreads>)(call, TorchThreads());
   }
@@ -24,21 +28,24 @@ struct OnCpu {
 }  // namespace
 }  // namespace pyperf::sampler
 
-// table: float64 [rows, columns], see kernels/math/sampler_call.h. step (int64), guidance (float64), key (int64): one
-// number, or one a sample; None: row, guidance_scale, no noise from keys. low, high: of the clip, infinite for none.
-// Outputs that were not asked for are empty.
-#define PYPERF_STEP_NUMBERS                                                                                        \
-  "Tensor table, Tensor? step, Tensor? guidance, Tensor? key, SymInt row, float guidance_scale, float low, float " \
-  "high, "
+// table: float64 [rows, columns], see kernels/math/sampler_call.h. step (int64), guidance (float64), key (int64),
+// adjust (float64 [.., 2]: a factor of the output, a bound of the denoised sample): for all samples, or for each. None:
+// row, guidance_scale. state: int64 [2], seed and offset of a generator on CUDA, to which `offset` is added. low, high:
+// of the clip, infinite for none. Outputs that were not asked for are empty.
+#define PYPERF_STEP_NUMBERS "Tensor table, Tensor? step, Tensor? guidance, Tensor? key, Tensor? state, "
+#define PYPERF_STEP_STATICS "SymInt row, float guidance_scale, float low, float high, SymInt offset, "
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
   m.def(
+      "sampler_noise(Tensor like, Tensor? key, Tensor? state, SymInt draw, SymInt offset, SymInt sample_dims) -> "
+      "Tensor");
+  m.def(
       "sampler_step(Tensor x, Tensor output, Tensor? unconditional, Tensor? variance, Tensor? h1, Tensor? h2, "
-      "Tensor? h3, Tensor? last, Tensor? noise, " PYPERF_STEP_NUMBERS
+      "Tensor? h3, Tensor? last, Tensor? noise, " PYPERF_STEP_NUMBERS "Tensor? adjust, " PYPERF_STEP_STATICS
       "bool denoised, bool keeps, SymInt copies, SymInt sample_dims) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sampler_step_backward(Tensor grad_next, Tensor grad_denoised, Tensor grad_kept, Tensor grad_corrected, "
       "Tensor grad_model_input, Tensor? x, Tensor? output, Tensor? unconditional, Tensor? variance, "
-      "Tensor? noise, " PYPERF_STEP_NUMBERS
+      "Tensor? noise, " PYPERF_STEP_NUMBERS PYPERF_STEP_STATICS
       "bool guided, bool denoised, bool keeps, bool corrects, SymInt copies, SymInt wanted, SymInt sample_dims) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,6 +1,8 @@
 // Steps of samplers between torch and kernels/: checks, outputs, and how operands lie. A backend offers
-//   static void step(const StepCall&, const Tensor& like)
-//   static void step_backward(const StepCall&, const StepGradients&, const Tensor& like)
+//   static void step(StepCall&, const Tensor& like)
+//   static void step_backward(StepCall&, const StepGradients&, const Tensor& like)
+//   static void noise(StepCall&, const Tensor& out)    out alone, of StepCall its shape and where noise comes from
+//   static constexpr bool kDraws                       whether it has the numbers of PyTorch's generator
 // Schemas are in sampler.cpp.
 #pragma once
 
@@ -18,20 +20,28 @@ using MaybeTensor = std::optional<Tensor>;
 struct StepStatics {
   int64_t row;
   double guidance_scale, low, high;
-  int64_t copies, sample_dims;
+  int64_t offset, copies;
 };
 
-// The shape of a sample tensor and the order of its dimensions in memory: those that index samples lead.
+// Numbers that are not differentiated: the table, and those of samples.
+struct StepNumbers {
+  const Tensor& table;
+  const MaybeTensor &step, &guidance, &key, &state, &adjust;
+};
+
+// The shape of a sample tensor and the order of its dimensions in memory: those that index samples lead. Noise goes by
+// the logical index of an element, so tensors that get some lie in the logical order.
 class SampleShape {
  public:
-  SampleShape(const Tensor& x, int64_t sample_dims) : sizes_(sizes_of(x, x.dim())), sample_dims_(sample_dims) {
+  SampleShape(const Tensor& x, int64_t sample_dims, bool logical)
+      : sizes_(sizes_of(x, x.dim())), sample_dims_(sample_dims) {
     require(sample_dims >= 0 && sample_dims <= x.dim(), "sampler_step: sample_dims must be in [0, ", x.dim(), "], got ",
             sample_dims);
     layout_.resize(sizes_.size());
     std::iota(layout_.begin(), layout_.end(), int64_t(0));
     std::stable_sort(layout_.begin() + sample_dims, layout_.end(),
                      [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-    if (!is_dense(x)) std::iota(layout_.begin(), layout_.end(), int64_t(0));
+    if (logical || !is_dense(x)) std::iota(layout_.begin(), layout_.end(), int64_t(0));
     for (int64_t d = 0; d < x.dim(); ++d) (d < sample_dims ? samples : size) *= sizes_[d];
   }
 
@@ -92,21 +102,40 @@ class SampleShape {
 
 inline bool is_half(const Tensor& t) { return storage_bytes(storage_of(t)) == 2; }
 
-// Of one number a sample: its values and how many there are.
+// Of `width` numbers a sample: the values and how many samples have some of their own.
 template <class T>
 std::tuple<const T*, int64_t> numbers(const char* what, const MaybeTensor& t, const Tensor& x, const SampleShape& shape,
-                                      ScalarType dtype) {
+                                      ScalarType dtype, int64_t width = 1) {
   if (!t) return {nullptr, 1};
-  require(t->scalar_type() == dtype && t->device() == x.device() && t->is_contiguous() && t->numel() > 0 &&
-              (shape.samples == 0 || shape.samples % t->numel() == 0),
-          "sampler_step: ", what, " must be contiguous, on x's device, with one number or one a sample");
-  return {static_cast<const T*>(t->data_ptr()), t->numel()};
+  const int64_t count = t->numel() / width;
+  require(t->scalar_type() == dtype && t->device() == x.device() && t->is_contiguous() && count * width == t->numel() &&
+              count > 0 && (shape.samples == 0 || shape.samples % count == 0),
+          "sampler_step: ", what, " must be contiguous, on x's device, for all samples or one for each");
+  return {static_cast<const T*>(t->data_ptr()), count};
+}
+
+inline bool is_on_cpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CPU; }
+
+inline void set_noise(StepCall& call, const Tensor& x, const SampleShape& shape, const MaybeTensor& key,
+                      const MaybeTensor& state, int64_t offset) {
+  std::tie(call.key, call.keys) = numbers<int64_t>("key", key, x, shape, ScalarType::Long);
+  call.draws = state.has_value();
+  if (!state) return;
+  require(state->scalar_type() == ScalarType::Long && state->is_contiguous() && state->numel() == 2 &&
+              (is_on_cpu(*state) || state->device() == x.device()),
+          "sampler_step: state must be int64 [2], on a CPU or on x's device");
+  const int64_t* const seed_and_offset = static_cast<const int64_t*>(state->data_ptr());
+  call.offset = uint64_t(offset);
+  if (is_on_cpu(*state))
+    call.seed = uint64_t(seed_and_offset[0]), call.offset += uint64_t(seed_and_offset[1]);
+  else
+    call.state = seed_and_offset;
 }
 
 // Everything but the operands.
-inline StepCall call_of(const Tensor& x, ScalarType output_type, const SampleShape& shape, const Tensor& table,
-                        const MaybeTensor& step, const MaybeTensor& guidance, const MaybeTensor& key,
+inline StepCall call_of(const Tensor& x, ScalarType output_type, const SampleShape& shape, const StepNumbers& of,
                         const StepStatics& statics) {
+  const Tensor& table = of.table;
   require(table.dim() == 2 && table.size(1) == kColumns && table.size(0) > 0 && table.is_contiguous() &&
               table.scalar_type() == ScalarType::Double && table.device() == x.device(),
           "sampler_step: table must be float64 [rows, ", int(kColumns), "], contiguous, on x's device");
@@ -121,18 +150,19 @@ inline StepCall call_of(const Tensor& x, ScalarType output_type, const SampleSha
   call.samples = shape.samples, call.sample_size = shape.size;
   call.copies = statics.copies, call.group = std::max<int64_t>(shape.group(), 1);
   call.table = static_cast<const double*>(table.data_ptr()), call.rows = table.size(0);
-  std::tie(call.step, call.steps) = numbers<int64_t>("step", step, x, shape, ScalarType::Long);
-  std::tie(call.guidance, call.guidances) = numbers<double>("guidance", guidance, x, shape, ScalarType::Double);
-  std::tie(call.key, call.keys) = numbers<int64_t>("key", key, x, shape, ScalarType::Long);
+  std::tie(call.step, call.steps) = numbers<int64_t>("step", of.step, x, shape, ScalarType::Long);
+  std::tie(call.guidance, call.guidances) = numbers<double>("guidance", of.guidance, x, shape, ScalarType::Double);
+  std::tie(call.adjust, call.adjusts) = numbers<double>("adjust", of.adjust, x, shape, ScalarType::Double, 2);
   call.row = statics.row, call.guidance_scale = statics.guidance_scale;
   call.low = statics.low, call.high = statics.high;
+  set_noise(call, x, shape, of.key, of.state, statics.offset);
   return call;
 }
 
 // Samples that are treated alike and lie one behind the other are one.
 inline void merge_samples(StepCall& call, StepGradients* grads = nullptr) {
   const bool one_group = call.group == call.samples || call.copies <= 1;
-  if (call.samples <= 1 || call.steps > 1 || call.guidances > 1 || call.key || !one_group) return;
+  if (call.samples <= 1 || call.steps > 1 || call.guidances > 1 || call.adjusts > 1 || call.key || !one_group) return;
   const auto dense = [&](const Elements& e) { return !e.data || e.stride == call.sample_size; };
   for (int k = 0; k < kOperands; ++k)
     if (k != kModelInput && !dense(call.operand[k])) return;
@@ -177,14 +207,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(
     const Tensor& x, const Tensor& output, const MaybeTensor& unconditional, const MaybeTensor& variance,
     const MaybeTensor& h1, const MaybeTensor& h2, const MaybeTensor& h3, const MaybeTensor& last,
     const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps, const MaybeTensor& guidance,
-    const MaybeTensor& key, int64_t row, double guidance_scale, double low, double high, bool denoised, bool keeps,
-    int64_t copies, int64_t sample_dims) {
+    const MaybeTensor& key, const MaybeTensor& state, const MaybeTensor& adjust, int64_t row, double guidance_scale,
+    double low, double high, int64_t offset, bool denoised, bool keeps, int64_t copies, int64_t sample_dims) {
   check_dtypes(x, output);
   const ScalarType type = x.scalar_type(), model_type = output.scalar_type();
-  const SampleShape shape(x, sample_dims);
-  StepCall call =
-      call_of(x, model_type, shape, table, steps, guidance, key, {row, guidance_scale, low, high, copies, sample_dims});
-  require(!(noise && key), "sampler_step: noise and key exclude each other");
+  require(int(noise.has_value()) + int(key.has_value()) + int(state.has_value()) <= 1 && (Backend::kDraws || !state),
+          "sampler_step: noise, key and state exclude each other, and state is for CUDA");
+  const SampleShape shape(x, sample_dims, key || state);
+  StepCall call = call_of(x, model_type, shape, {table, steps, guidance, key, state, adjust},
+                          {row, guidance_scale, low, high, offset, copies});
   call.guided = unconditional.has_value(), call.corrects = last.has_value();
   const auto made = [&](bool wanted) { return wanted ? shape.output(x, type) : nothing(x, type); };
   const Tensor next = made(true), x0 = made(denoised), kept = made(keeps), corrected = made(call.corrects);
@@ -216,20 +247,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& grad_next, const Tensor& grad_denoised, const Tensor& grad_kept, const Tensor& grad_corrected,
     const Tensor& grad_model_input, const MaybeTensor& x, const MaybeTensor& output, const MaybeTensor& unconditional,
     const MaybeTensor& variance, const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps,
-    const MaybeTensor& guidance, const MaybeTensor& key, int64_t row, double guidance_scale, double low, double high,
-    bool guided, bool denoised, bool keeps, bool corrects, int64_t copies, int64_t wanted, int64_t sample_dims) {
+    const MaybeTensor& guidance, const MaybeTensor& key, const MaybeTensor& state, int64_t row, double guidance_scale,
+    double low, double high, int64_t offset, bool guided, bool denoised, bool keeps, bool corrects, int64_t copies,
+    int64_t wanted, int64_t sample_dims) {
   check_dtypes(grad_next, grad_model_input);
   const ScalarType type = grad_next.scalar_type(), model_type = grad_model_input.scalar_type();
-  const SampleShape shape(grad_next, sample_dims);
-  StepCall call = call_of(grad_next, model_type, shape, table, steps, guidance, key,
-                          {row, guidance_scale, low, high, copies, sample_dims});
+  require(Backend::kDraws || !state, "sampler_step_backward: state is for CUDA");
+  const SampleShape shape(grad_next, sample_dims, key || state);
+  StepCall call = call_of(grad_next, model_type, shape, {table, steps, guidance, key, state, {}},
+                          {row, guidance_scale, low, high, offset, copies});
   call.guided = guided, call.corrects = corrects;
   require(!call.clips() || (x && output && unconditional.has_value() == guided),
           "sampler_step_backward: a clip needs x, output and unconditional");
   const auto wants = [&](int k) { return (wanted >> k & 1) != 0; };
   const bool learned = wants(kVariance) || (variance && wants(kNoise));
-  require(!learned || (variance && (noise || key)),
-          "sampler_step_backward: a learned variance needs variance, and noise or key");
+  require(!learned || (variance && (noise || key || state)),
+          "sampler_step_backward: a learned variance needs variance and noise");
   Operands of(grad_next, shape);
   StepGradients grads{};
   grads.of_output[kNext - kInputs] = of.input("grad_next", grad_next, type);
@@ -264,8 +297,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {made[0], made[1], made[2], made[3], made[4], made[5], made[6], made[7], made[8]};
 }
 
+// Noise in the logical order of its elements: from keys that of a row, which may be below 0, else that of a generator.
+template <class Backend>
+Tensor noise(const Tensor& like, const MaybeTensor& key, const MaybeTensor& state, int64_t draw, int64_t offset,
+             int64_t sample_dims) {
+  require(key.has_value() != state.has_value() && (Backend::kDraws || !state),
+          "sampler_noise: needs a key, or a state on CUDA");
+  const SampleShape shape(like, sample_dims, true);
+  const Tensor out = shape.output(like, like.scalar_type());
+  StepCall call{};
+  call.type = call.output_type = storage_of(like);
+  call.samples = shape.samples, call.sample_size = shape.size;
+  call.row = draw;
+  set_noise(call, like, shape, key, state, offset);
+  call.operand[kNext] = shape.elements(out);
+  if (out.numel()) Backend::noise(call, out);
+  return out;
+}
+
 }  // namespace pyperf::sampler
 
-#define PYPERF_IMPLEMENT_SAMPLER(m, Backend)                          \
-  m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>)); \
+#define PYPERF_IMPLEMENT_SAMPLER(m, Backend)                            \
+  m.impl("sampler_noise", TORCH_BOX(&pyperf::sampler::noise<Backend>)); \
+  m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>));   \
   m.impl("sampler_step_backward", TORCH_BOX(&pyperf::sampler::step_backward<Backend>))

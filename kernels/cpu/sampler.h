@@ -53,7 +53,8 @@ __attribute__((noinline)) void full_step(const StepWeights<R>& w, const StepRun<
     auto x = load_lanes<R, L>(o.x + i);
     auto m = load_lanes<R, L>(o.output + i);
     if (o.unconditional) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
-    const auto d = math::clipped<M>(w, math::unclipped<M>(w, x, m));
+    m = m * w.factor;
+    const auto d = math::clipped<M>(w, math::unclipped<M>(w, x, m)) * w.shrink;
     if (o.denoised) store_lanes<L, R>(d, o.denoised + i);
     typename M::V h1 = {}, h2 = {};
     if (o.h1) h1 = load_lanes<R, L>(o.h1 + i);
@@ -183,7 +184,7 @@ void step_run(const sampler::StepCall& call, int64_t sample, int64_t first, int6
   if (model_input) o.model_input = model_input + call.model_input_at(sample, 0) + first;
 
   const bool plain = !o.h1 && !o.h2 && !o.h3 && !o.last && !o.noise && !o.normals && !o.denoised && !o.kept &&
-                     !o.corrected && !o.model_input;
+                     !o.corrected && !o.model_input && !call.adjust;
   const auto pick = [&] {
     if (!plain) return &full_step<R, T, O>;
     if (o.unconditional) return call.clips() ? &plain_step<true, true, R, T, O> : &plain_step<true, false, R, T, O>;
@@ -299,5 +300,17 @@ void step_backward(const sampler::StepCall& call, const sampler::StepGradients& 
                   normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch + kStepRun * sizeof(R)));
               gradient_run<R, decltype(t), decltype(o)>(call, grads, sample, first, n, normals, sum);
             });
+  });
+}
+
+template <class Parallel>
+void noise(const sampler::StepCall& call, const Parallel& parallel) {
+  with_step_types(call, [&](auto, auto t, auto) {
+    using T = decltype(t);
+    in_runs(call, kStepRun * sizeof(float), parallel, [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
+      const float* const normals = normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
+      T* const out = at_element<T>(call.operand[sampler::kNext], sample, first);
+      for (int64_t i = 0; i < n; ++i) out[i] = stored<T>(normals[i]);
+    });
   });
 }

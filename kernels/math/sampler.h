@@ -6,7 +6,7 @@ template <class R>
 struct StepWeights {
   R p, q, x, m, d, h1, h2, h3, z, keep_x, keep_m, keep_d, last_x, last_d, last_h1, last_h2, input;
   R log_deviation, log_deviation_slope;  // at v = 0, and by v
-  R guidance, low, high;
+  R guidance, factor, low, high, shrink;
 
   PYPERF_HD StepWeights(const sampler::StepCall& call, int64_t sample) {
     using namespace sampler;
@@ -26,6 +26,12 @@ struct StepWeights {
     log_deviation_slope = R(0.25 * (at(kLogLarge) - at(kLogSmall)));
     input = R(at(kInput));
     guidance = R(call.guidance_of(sample)), low = R(call.low), high = R(call.high);
+    factor = shrink = R(1);
+    if (call.adjust) {
+      const double* const of = call.adjust + 2 * (sample % call.adjusts);
+      factor = R(of[0]);
+      if (of[1] < __builtin_huge_val()) low = R(-of[1]), high = R(of[1]), shrink = R(1 / of[1]);
+    }
   }
 };
 

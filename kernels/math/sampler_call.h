@@ -82,12 +82,21 @@ struct StepCall {
   const double* guidance;  // likewise
   int64_t guidances;
   double guidance_scale;
-  const int64_t* key;  // null: noise is an operand
-  int64_t keys;
+  const double* adjust;  // null: none; else [adjusts, 2]: m is multiplied by the first, D / bound clipped to [-1, 1]
+  int64_t adjusts;
   double low, high;  // of the clip; infinite where there is none
 
+  const int64_t* key;  // null: noise is an operand, or a generator's
+  int64_t keys;
+  // Of a generator of PyTorch on CUDA: seed and offset, from `state` in the device's memory or by value. `threads`
+  // draw, four numbers each at a time.
+  bool draws;
+  const int64_t* state;
+  uint64_t seed, offset;
+  int64_t threads;
+
   PYPERF_HD bool has(int k) const { return operand[k].data != nullptr; }
-  PYPERF_HD bool clips() const { return low > -__builtin_huge_val() || high < __builtin_huge_val(); }
+  PYPERF_HD bool clips() const { return adjust || low > -__builtin_huge_val() || high < __builtin_huge_val(); }
   PYPERF_HD int64_t row_of(int64_t sample) const { return step ? step[sample % steps] : row; }
   PYPERF_HD double guidance_of(int64_t sample) const {
     return guidance ? guidance[sample % guidances] : guidance_scale;
