@@ -49,16 +49,18 @@ def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
 
 
 class Operator:
-    """A registered operator `pyperf_dl::<name>` whose first `tensors` arguments are tensors.
+    """A registered operator `pyperf_dl::<name>` whose first `tensors` arguments are tensors, followed by `constants`.
 
     Args:
         name: the schema is in `csrc/<family>.cpp`.
-        tensors: number of leading tensor arguments, of which all but the first may be None; the others are numbers,
-            strings and flags.
+        tensors: number of leading tensor arguments, of which all but the first may be None.
+        constants: number of those behind them, or None, that have no derivative and no batch dimension. The other
+            arguments are numbers, strings and flags.
         fake: shapes, strides and dtypes of the outputs, without data.
         reference: the same function in plain PyTorch; differentiable, and the operator's decomposition.
         launch: `module:function` of the Triton form, same arguments.
-        save: `save(ctx, inputs, output)` -> tensors that the two rules below find in `ctx.saved_tensors`.
+        save: `save(ctx, inputs, output)` -> tensors that the two rules below find in `ctx.saved_tensors`; the
+            arguments behind the first `tensors` they find in `ctx.statics`.
         backward: `backward(ctx, *grads)` -> gradients of the tensor arguments. None: not differentiable.
         jvp: `jvp(ctx, *tangents)` -> tangents of the outputs, given those of the tensor arguments.
         batch: `batch(*args)` -> args, for tensors that got a batch dimension in front; outputs carry it in front too.
@@ -71,6 +73,7 @@ class Operator:
         name: str,
         *,
         tensors: int,
+        constants: int = 0,
         fake: Callable[..., Any],
         reference: Callable[..., Any],
         launch: str | None = None,
@@ -81,7 +84,8 @@ class Operator:
         shard: Callable[..., Sequence[int]] | None = None,
         flops: Callable[..., int] | None = None,
     ) -> None:
-        self.name, self.tensors, self.fake, self.reference, self.launch = name, tensors, fake, reference, launch
+        self.name, self.tensors, self.constants = name, tensors, constants
+        self.fake, self.reference, self.launch = fake, reference, launch
         self.save, self.backward, self.jvp, self.batch, self.shard, self.flops = (
             save,
             backward,
@@ -142,6 +146,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     # Not in PyTorch's global table: Inductor refuses an operator that is there and not in its own, where CI is set.
     return dict(_decompositions)
+
+
+def pushed_forward(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Tangents of the outputs, as the transpose of the transpose: that nests in forward AD of every kind."""
+    tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
+    outputs, pull = torch.func.vjp(function, *inputs)
+    back = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1]
+    return back(tuple(tangents))[0]
 
 
 class _Registered:
@@ -267,6 +281,11 @@ def _in_front(t: torch.Tensor | None, dim: int | None, batch_size: int) -> torch
 
 def _vmap_rule(operator: Operator, call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        behind = operator.tensors + operator.constants
+        if any(d is not None for d in in_dims[operator.tensors : behind]):
+            raise ValueError(
+                f"{operator.name}: vmap over a table or over numbers of samples is not there, only over samples"
+            )
         batched = [_in_front(t, d, info.batch_size) for t, d in zip(args[: operator.tensors], in_dims, strict=False)]
         out = call(*operator.batch(*batched, *args[operator.tensors :]))
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
@@ -295,7 +314,12 @@ def _sharding_rule(operator: Operator, op: Any) -> Callable[..., Any]:
         from torch.distributed.tensor import Replicate, Shard
 
         placements = [Replicate(), *(Shard(d) for d in operator.shard(*args))]
-        there = [n < operator.tensors and arg is not None for n, arg in enumerate(args)]
-        return [([p] * len(op._schema.returns), [p if t else None for t in there]) for p in placements]
+        behind = operator.tensors + operator.constants
+        there = [n < behind and arg is not None for n, arg in enumerate(args)]
+
+        def of(p: Any) -> list[Any]:
+            return [(p if n < operator.tensors else Replicate()) if t else None for n, t in enumerate(there)]
+
+        return [([p] * len(op._schema.returns), of(p)) for p in placements]
 
     return strategies

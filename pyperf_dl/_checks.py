@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,17 @@ def integer(op: str, name: str, value: Any, minimum: int | None = None) -> int:
     if minimum is not None and number < minimum:
         raise ValueError(f"{op}: {name} must be >= {minimum}, got {value}")
     return number
+
+
+def number(op: str, name: str, value: Any, finite: bool = True) -> float:
+    """`value`, an int or a float (a symbolic one passes as it is)."""
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {described(value)}")
+    if finite and not -math.inf < value < math.inf:  # math.isfinite takes no symbolic number
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if value != value:
+        raise ValueError(f"{op}: {name} must not be NaN")
+    return float(value) if isinstance(value, int) else value
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> str:

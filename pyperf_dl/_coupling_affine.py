@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _checks
-from ._autograd import Operator
+from ._autograd import Operator, pushed_forward
 from ._coupling_spline import (
     DTYPES,
     HALF_DTYPES,
@@ -89,7 +89,7 @@ def _by_reference(function: Any) -> dict[str, Any]:
 
     def jvp(ctx, *tangents):
         if ctx.statics[1] != "none":
-            return reference.pushed_forward(of(ctx), ctx.saved_tensors, tangents)
+            return pushed_forward(of(ctx), ctx.saved_tensors, tangents)
         tangents = (zeros() if t is None else t for t, zeros in zip(tangents, ctx.zeros, strict=True))
         return of(ctx)(*tangents)  # it is linear
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks
-from ._autograd import Operator, is_differentiated, is_plain
+from ._autograd import Operator, is_differentiated, is_plain, pushed_forward
 from .reference import coupling as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +67,7 @@ def _by_reference(function: Any, tensors: int) -> dict[str, Any]:
         return *torch.func.vjp(of, *inputs)[1](grads), *[None] * _UNDIFFERENTIATED
 
     def jvp(ctx, *tangents):
-        return reference.pushed_forward(*saved(ctx), tangents[:-_UNDIFFERENTIATED])
+        return pushed_forward(*saved(ctx), tangents[:-_UNDIFFERENTIATED])
 
     return {"backward": backward, "jvp": jvp, "save": lambda ctx, inputs, output: inputs[:tensors], "tensors": tensors}
 
@@ -153,10 +153,7 @@ _packed, _packed_backward = _operators("rational_quadratic_spline_packed", 4, _f
 
 
 def _number(op: str, name: str, value: Any) -> float:
-    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {_checks.described(value)}")
-    if not -math.inf < value < math.inf:  # math.isfinite takes no symbolic number
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    value = _checks.number(op, name, value)
     if value != 0 and not 1e-30 <= abs(value) <= 1e30:  # their products must be numbers of float32 too
         raise ValueError(f"{op}: {name} must be 0 or of a size in [1e-30, 1e30], got {value}")
     return float(value)

@@ -46,12 +46,7 @@ def sampler_step(
     if key is not None:
         noise = sampler_noise(x64, key, None, row if step is None else step, 0, sample_dims)
     if noise is not None:
-        deviation = c["z"]
-        if variance is not None:
-            deviation = deviation * torch.exp(
-                ((variance64 + 1) * c["log_large"] + (1 - variance64) * c["log_small"]) / 4
-            )
-        after = after + deviation * noise
+        after = after + _deviation(c, variance64) * noise
     at = max(sample_dims - 1, 0)
     model_input = (c["input"] * after).unsqueeze(at).repeat_interleave(max(copies, 1), at)
     nothing = x.new_empty(0)
@@ -95,13 +90,12 @@ def sampler_step_backward(
         of_d = torch.where((d >= low) & (d <= high), of_d, 0.0)
     of_m = c["m"] * of_next + c["keep_m"] * of_kept + c["q"] * of_d
     of_last = of_x if corrects else torch.zeros_like(of_next)
-    deviation, of_variance = c["z"], None
+    deviation, of_variance = _deviation(c, None if variance is None else variance.double()), None
     if variance is not None:
-        large, small = c["log_large"], c["log_small"]
-        deviation = deviation * torch.exp(((variance.double() + 1) * large + (1 - variance.double()) * small) / 4)
         if key is not None:
             noise = sampler_noise(of_next, key, None, row if step is None else step, 0, sample_dims)
-        of_variance = None if noise is None else of_next * noise.double() * deviation * (large - small) / 4
+        slope = (c["log_large"] - c["log_small"]) / 4
+        of_variance = None if noise is None else of_next * noise.double() * deviation * slope
     gradients = (
         c["p"] * of_d + (0.0 if corrects else of_x),
         scale * of_m if guided else of_m,
@@ -119,6 +113,24 @@ def sampler_step_backward(
         g.to(dtype) if wanted >> k & 1 else grad_next.new_empty(0, dtype=dtype)
         for k, (g, dtype) in enumerate(zip(gradients, dtypes, strict=True))
     )
+
+
+def _deviation(c: dict[str, torch.Tensor], variance: torch.Tensor | None) -> torch.Tensor:
+    """Of the noise that a step adds."""
+    if variance is None:
+        return c["z"]
+    return c["z"] * torch.exp(((variance + 1) * c["log_large"] + (1 - variance) * c["log_small"]) / 4)
+
+
+def deviation(x, variance, table, step, row) -> torch.Tensor:
+    """The same in x's dtype, for samples along the first dimension."""
+    c = _coefficients(table, step, row, x.shape, 1)
+    return _deviation(c, None if variance is None else variance.double()).to(x.dtype)
+
+
+def input_scale(x, table, step, row) -> torch.Tensor:
+    """What the next sample is multiplied with where the model sees it."""
+    return _coefficients(table, step, row, x.shape, 1)["input"].to(x.dtype)
 
 
 def clips(low: float, high: float) -> bool:
@@ -191,3 +203,39 @@ def _product(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tenso
     """The lower and the upper 32 bits."""
     upper = (((word * (factor & 0xFFFF)) >> 16) + word * (factor >> 16)) >> 16
     return (word * factor) & _LOW, upper
+
+
+# ---- what a step needs to know of whole samples ----
+
+
+def sampler_adjustments(
+    x, output, unconditional, table, step, guidance, row, guidance_scale, rescale, quantile, largest, sample_dims
+) -> torch.Tensor:
+    """[samples, 2]: by what the guided output is multiplied (Lin, Liu, Li, Yang: Common diffusion noise schedules and
+    sample steps are flawed, 2023, eq. 15 and 16), and the bound of the denoised sample (dynamic thresholding: Saharia
+    et al.: Photorealistic text-to-image diffusion models, 2022, 2.3); infinite where `quantile` is 0."""
+    shape = x.shape
+    dims = tuple(range(sample_dims, x.dim()))
+    m = output.double()
+    factor = m.new_ones(())
+    if unconditional is not None:
+        scale = guidance_scale if guidance is None else _of_samples(guidance, shape, sample_dims)
+        m = unconditional.double() + scale * (m - unconditional.double())
+        if rescale:
+            factor = rescale * output.double().std(dims, keepdim=True) / m.std(dims, keepdim=True) + (1 - rescale)
+    bound = m.new_full((), math.inf)
+    if quantile:
+        c = _coefficients(table, step, row, shape, sample_dims)
+        d = (c["p"] * x.double() + c["q"] * m * factor).abs().flatten(sample_dims)
+        bound = _quantile(d, quantile).clamp(1.0, largest).reshape(*shape[:sample_dims], *[1] * len(dims))
+    lead = (*shape[:sample_dims], *[1] * len(dims))
+    return torch.stack([factor.expand(lead), bound.expand(lead)], -1).reshape(-1, 2)
+
+
+def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:
+    """torch.quantile along the last dimension, which is for 16 million elements at most."""
+    place = q * (values.shape[-1] - 1)
+    below = math.floor(place)
+    ordered = values.sort(-1).values
+    low, high = ordered[..., below], ordered[..., min(below + 1, values.shape[-1] - 1)]
+    return low + (high - low) * (place - below)

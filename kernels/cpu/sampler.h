@@ -28,57 +28,104 @@ struct GradientRun {
 
 // ---- vectors ----
 
+// So many vectors are treated at a time, as many as registers hold.
+constexpr int kStepVectors = PYPERF_VECTOR_BYTES == 64 ? 4 : 2;
+
+// Some vectors of neighbouring elements, treated alike.
+template <class R>
+struct StepBlock {
+  using M = VectorMachine<R>;
+  using V = typename M::V;
+  static constexpr int L = M::kLanes, kElements = L * kStepVectors;
+  V v[kStepVectors];
+
+  template <class Of>
+  static __attribute__((always_inline)) StepBlock made(const Of& of) {
+    StepBlock b;
+    for (int k = 0; k < kStepVectors; ++k) b.v[k] = of(k);
+    return b;
+  }
+  template <class S>
+  static __attribute__((always_inline)) StepBlock load(const S* p) {
+    return made([&](int k) __attribute__((always_inline)) { return load_lanes<R, L>(p + k * L); });
+  }
+  template <class S>
+  __attribute__((always_inline)) void store(S* p) const {
+    for (int k = 0; k < kStepVectors; ++k) store_lanes<L, R>(v[k], p + k * L);
+  }
+  __attribute__((always_inline)) StepBlock times(R w) const {
+    return made([&](int k) __attribute__((always_inline)) { return v[k] * w; });
+  }
+  // this + w b
+  __attribute__((always_inline)) StepBlock plus(R w, const StepBlock& b) const {
+    return made([&](int k) __attribute__((always_inline)) { return M::fma(M::of(w), b.v[k], v[k]); });
+  }
+};
+
 // Without history, noise, correction, or a second output.
 template <bool kGuided, bool kClipped, class R, class T, class O>
 __attribute__((noinline)) void plain_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
-  constexpr int L = M::kLanes;
+  using Block = StepBlock<R>;
   const StepRun<T, O> o = run;
-  for (int64_t i = 0; i < n; i += L) {
-    const auto x = load_lanes<R, L>(o.x + i);
-    auto m = load_lanes<R, L>(o.output + i);
-    if constexpr (kGuided) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
-    auto of_m = m * w.m;
-    if constexpr (kClipped) of_m = M::fma(M::of(w.d), math::clipped<M>(w, math::unclipped<M>(w, x, m)), of_m);
-    store_lanes<L, R>(M::fma(M::of(w.x), x, of_m), o.next + i);
+  for (int64_t i = 0; i < n; i += Block::kElements) {
+    const Block x = Block::load(o.x + i);
+    Block m = Block::load(o.output + i);
+    if constexpr (kGuided) {
+      const Block u = Block::load(o.unconditional + i);
+      m = Block::made([&](int k) __attribute__((always_inline)) { return math::guided<M>(w, m.v[k], u.v[k]); });
+    }
+    Block next = m.times(w.m);
+    if constexpr (kClipped)
+      next = next.plus(w.d, Block::made([&](int k) __attribute__((always_inline)) {
+                         return math::clipped<M>(w, math::unclipped<M>(w, x.v[k], m.v[k]));
+                       }));
+    next.plus(w.x, x).store(o.next + i);
   }
 }
 
 template <class R, class T, class O>
 __attribute__((noinline)) void full_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
-  constexpr int L = M::kLanes;
+  using Block = StepBlock<R>;
   const StepRun<T, O> o = run;
-  for (int64_t i = 0; i < n; i += L) {
-    auto x = load_lanes<R, L>(o.x + i);
-    auto m = load_lanes<R, L>(o.output + i);
-    if (o.unconditional) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
-    m = m * w.factor;
-    const auto d = math::clipped<M>(w, math::unclipped<M>(w, x, m)) * w.shrink;
-    if (o.denoised) store_lanes<L, R>(d, o.denoised + i);
-    typename M::V h1 = {}, h2 = {};
-    if (o.h1) h1 = load_lanes<R, L>(o.h1 + i);
-    if (o.h2) h2 = load_lanes<R, L>(o.h2 + i);
+  for (int64_t i = 0; i < n; i += Block::kElements) {
+    Block x = Block::load(o.x + i), m = Block::load(o.output + i);
+    if (o.unconditional) {
+      const Block u = Block::load(o.unconditional + i);
+      m = Block::made([&](int k) __attribute__((always_inline)) { return math::guided<M>(w, m.v[k], u.v[k]); });
+    }
+    m = m.times(w.factor);
+    const Block d = Block::made([&](int k) __attribute__((always_inline)) {
+      return math::clipped<M>(w, math::unclipped<M>(w, x.v[k], m.v[k])) * w.shrink;
+    });
+    if (o.denoised) d.store(o.denoised + i);
     if (o.last) {
-      x = M::fma(M::of(w.last_d), d, load_lanes<R, L>(o.last + i) * w.last_x);
-      if (o.h1) x = M::fma(M::of(w.last_h1), h1, x);
-      if (o.h2) x = M::fma(M::of(w.last_h2), h2, x);
+      x = Block::load(o.last + i).times(w.last_x).plus(w.last_d, d);
+      if (o.h1) x = x.plus(w.last_h1, Block::load(o.h1 + i));
+      if (o.h2) x = x.plus(w.last_h2, Block::load(o.h2 + i));
     }
-    if (o.corrected) store_lanes<L, R>(x, o.corrected + i);
-    if (o.kept) store_lanes<L, R>(M::fma(M::of(w.keep_d), d, M::fma(M::of(w.keep_m), m, x * w.keep_x)), o.kept + i);
-    auto next = m * w.m;
-    if (w.d != R(0)) next = M::fma(M::of(w.d), d, next);
-    next = M::fma(M::of(w.x), x, next);
-    if (o.h1) next = M::fma(M::of(w.h1), h1, next);
-    if (o.h2) next = M::fma(M::of(w.h2), h2, next);
-    if (o.h3) next = M::fma(M::of(w.h3), load_lanes<R, L>(o.h3 + i), next);
+    if (o.corrected) x.store(o.corrected + i);
+    if (o.kept) x.times(w.keep_x).plus(w.keep_m, m).plus(w.keep_d, d).store(o.kept + i);
+    Block next = m.times(w.m);
+    if (w.d != R(0)) next = next.plus(w.d, d);
+    next = next.plus(w.x, x);
+    if (o.h1) next = next.plus(w.h1, Block::load(o.h1 + i));
+    if (o.h2) next = next.plus(w.h2, Block::load(o.h2 + i));
+    if (o.h3) next = next.plus(w.h3, Block::load(o.h3 + i));
     if (o.noise || o.normals) {
-      const auto noise = o.noise ? load_lanes<R, L>(o.noise + i) : load_lanes<R, L>(o.normals + i);
-      const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
-      next = M::fma(deviation, noise, next);
+      const Block noise = o.noise ? Block::load(o.noise + i) : Block::load(o.normals + i);
+      if (o.variance) {
+        const Block v = Block::load(o.variance + i);
+        next = Block::made([&](int k) __attribute__((always_inline)) {
+          return M::fma(math::deviation<M>(w, v.v[k]), noise.v[k], next.v[k]);
+        });
+      } else {
+        next = next.plus(w.z, noise);
+      }
     }
-    if (o.next) store_lanes<L, R>(next, o.next + i);
-    if (o.model_input) store_lanes<L, R>(next * w.input, o.model_input + i);
+    if (o.next) next.store(o.next + i);
+    if (o.model_input) next.times(w.input).store(o.model_input + i);
   }
 }
 
@@ -169,10 +216,9 @@ PYPERF_HD T* at_element(const sampler::Elements& e, int64_t sample, int64_t elem
 }
 
 template <class R, class T, class O>
-void step_run(const sampler::StepCall& call, int64_t sample, int64_t first, int64_t n, const float* normals) {
+void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sample, int64_t first, int64_t n,
+              const float* normals) {
   using namespace sampler;
-  constexpr int L = VectorMachine<R>::kLanes;
-  const StepWeights<R> w(call, sample);
   const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
   const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
   StepRun<T, O> o{};
@@ -191,7 +237,7 @@ void step_run(const sampler::StepCall& call, int64_t sample, int64_t first, int6
     return call.clips() ? &plain_step<false, true, R, T, O> : &plain_step<false, false, R, T, O>;
   };
   const auto pass = pick();
-  in_vectors<L>(
+  in_vectors<StepBlock<R>::kElements>(
       o, n, [&](const StepRun<T, O>& run, int64_t count) { pass(w, run, count); },
       [](StepRun<T, O>& r, const auto& move) {
         move(r.x), move(r.h1), move(r.h2), move(r.h3), move(r.last), move(r.noise), move(r.output);
@@ -203,12 +249,11 @@ void step_run(const sampler::StepCall& call, int64_t sample, int64_t first, int6
 }
 
 template <class R, class T, class O>
-void gradient_run(const sampler::StepCall& call, const sampler::StepGradients& grads, int64_t sample, int64_t first,
-                  int64_t n, const float* normals, R* sum) {
+void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const sampler::StepGradients& grads,
+                  int64_t sample, int64_t first, int64_t n, const float* normals, R* sum) {
   using namespace sampler;
   constexpr int L = VectorMachine<R>::kLanes;
   using Run = GradientRun<R, T, O>;
-  const StepWeights<R> w(call, sample);
   const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
   const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
   const auto of_output = [&](int k) { return at_element<T>(grads.of_output[k - kNext], sample, first); };
@@ -244,14 +289,17 @@ void gradient_run(const sampler::StepCall& call, const sampler::StepGradients& g
 
 // ---- calls ----
 
-// visit(sample, first element, elements, scratch) for every run.
-template <class Parallel, class Visit>
+// visit(weights, sample, first element, elements, scratch) for every run.
+template <class Weights, class Parallel, class Visit>
 void in_runs(const sampler::StepCall& call, int64_t scratch_bytes, const Parallel& parallel, const Visit& visit) {
   const int64_t pieces = (call.sample_size + kStepRun - 1) / kStepRun;
   parallel(call.samples * pieces, 4, scratch_bytes, [&](int64_t from, int64_t to, void* scratch) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t first = i % pieces * kStepRun;
-      visit(i / pieces, first, std::min(kStepRun, call.sample_size - first), static_cast<char*>(scratch));
+    int64_t sample = from / pieces, piece = from % pieces;
+    Weights weights(call, sample);
+    for (int64_t i = from; i < to; ++i, ++piece) {
+      if (piece == pieces) weights = Weights(call, ++sample), piece = 0;
+      const int64_t first = piece * kStepRun;
+      visit(weights, sample, first, std::min(kStepRun, call.sample_size - first), static_cast<char*>(scratch));
     }
   });
 }
@@ -282,10 +330,13 @@ void with_step_types(const sampler::StepCall& call, const With& with) {
 template <class Parallel>
 void step(const sampler::StepCall& call, const Parallel& parallel) {
   with_step_types(call, [&](auto r, auto t, auto o) {
-    in_runs(call, kStepRun * sizeof(float), parallel, [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
-      const float* const normals = normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
-      step_run<decltype(r), decltype(t), decltype(o)>(call, sample, first, n, normals);
-    });
+    using Weights = StepWeights<decltype(r)>;
+    in_runs<Weights>(call, kStepRun * sizeof(float), parallel,
+                     [&](const Weights& w, int64_t sample, int64_t first, int64_t n, char* scratch) {
+                       const float* const normals =
+                           normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
+                       step_run<decltype(r), decltype(t), decltype(o)>(call, w, sample, first, n, normals);
+                     });
   });
 }
 
@@ -293,24 +344,30 @@ template <class Parallel>
 void step_backward(const sampler::StepCall& call, const sampler::StepGradients& grads, const Parallel& parallel) {
   with_step_types(call, [&](auto r, auto t, auto o) {
     using R = decltype(r);
-    in_runs(call, kStepRun * (sizeof(R) + sizeof(float)), parallel,
-            [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
-              R* const sum = reinterpret_cast<R*>(scratch);
-              const float* const normals =
-                  normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch + kStepRun * sizeof(R)));
-              gradient_run<R, decltype(t), decltype(o)>(call, grads, sample, first, n, normals, sum);
-            });
+    using Weights = StepWeights<R>;
+    in_runs<Weights>(call, kStepRun * (sizeof(R) + sizeof(float)), parallel,
+                     [&](const Weights& w, int64_t sample, int64_t first, int64_t n, char* scratch) {
+                       R* const sum = reinterpret_cast<R*>(scratch);
+                       float* const memory = reinterpret_cast<float*>(scratch + kStepRun * sizeof(R));
+                       const float* const normals = normals_of(call, sample, first, n, memory);
+                       gradient_run<R, decltype(t), decltype(o)>(call, w, grads, sample, first, n, normals, sum);
+                     });
   });
 }
 
 template <class Parallel>
 void noise(const sampler::StepCall& call, const Parallel& parallel) {
+  struct NoWeights {
+    NoWeights(const sampler::StepCall&, int64_t) {}
+  };
   with_step_types(call, [&](auto, auto t, auto) {
     using T = decltype(t);
-    in_runs(call, kStepRun * sizeof(float), parallel, [&](int64_t sample, int64_t first, int64_t n, char* scratch) {
-      const float* const normals = normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
-      T* const out = at_element<T>(call.operand[sampler::kNext], sample, first);
-      for (int64_t i = 0; i < n; ++i) out[i] = stored<T>(normals[i]);
-    });
+    in_runs<NoWeights>(call, kStepRun * sizeof(float), parallel,
+                       [&](NoWeights, int64_t sample, int64_t first, int64_t n, char* scratch) {
+                         const float* const normals =
+                             normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
+                         T* const out = at_element<T>(call.operand[sampler::kNext], sample, first);
+                         for (int64_t i = 0; i < n; ++i) out[i] = stored<T>(normals[i]);
+                       });
   });
 }

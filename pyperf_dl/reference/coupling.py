@@ -40,16 +40,6 @@ def differentiated(forward: Callable[..., Any], tensors: int, *args: Any) -> tup
     return torch.func.vjp(lambda *t: forward(*t, *statics), *inputs)[1](grads)
 
 
-def pushed_forward(
-    function: Callable[..., Any], inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, ...]:
-    """Tangents of the outputs, as the transpose of the transpose: that nests in forward AD of every kind."""
-    tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
-    outputs, pull = torch.func.vjp(function, *inputs)
-    back = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1]
-    return back(tuple(tangents))[0]
-
-
 # ---- affine couplings ----
 
 ACTIVATIONS = ("none", "exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softclip")

@@ -1,0 +1,249 @@
+"""The loop over a sampler's steps, plain or as one CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from . import _checks
+from ._sampler_noise import GeneratorState
+from ._sampler_step import SamplerStep, sampler_step
+from ._sampler_step_table import StepTable
+
+Model = Callable[..., torch.Tensor]
+
+
+class Sampler:
+    """Runs a model through the steps of a table.
+
+    Args:
+        table: of the sampler and its schedule. `table.update_()` changes it for later calls, captured ones too.
+        guidance_rescale, clip, dynamic_threshold: as in `sampler_step`, for every step.
+
+    >>> table = pyperf_dl.StepTable.flow_euler(pyperf_dl.NoiseSchedule.flow(8))
+    >>> def model(x, t):  # the velocity towards 3
+    ...     return (x - 3) / t.view(-1, 1)
+    >>> pyperf_dl.Sampler(table).sample(model, torch.zeros(1, 2))
+    tensor([[3., 3.]])
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        *,
+        guidance_rescale: float = 0.0,
+        clip: float | tuple[float, float] | None = None,
+        dynamic_threshold: tuple[float, float] | None = None,
+    ) -> None:
+        if not isinstance(table, StepTable):
+            raise TypeError(f"Sampler: table must be a StepTable, got {_checks.described(table)}")
+        self.table = table
+        self._options = {
+            "guidance_rescale": guidance_rescale,
+            "clip": clip,
+            "dynamic_threshold": dynamic_threshold,
+        }
+        self._captured: _Captured | None = None
+
+    def sample(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        *,
+        guidance: float | torch.Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator | None] | None = None,
+        key: int | torch.Tensor | None = None,
+        noise: Callable[[int], torch.Tensor] | None = None,
+        model_dtype: torch.dtype | None = None,
+        begin: int = 0,
+        progress: bool = False,
+        callback: Callable[[int, SamplerStep], Any] | None = None,
+        return_trajectory: bool = False,
+        capture: bool = False,
+    ) -> Any:
+        """From x, the sample at the first step, to the last.
+
+        Args:
+            model: ``model(inputs, t)`` -> the prediction that the table is made for. inputs: ``[B, ...]``, x as the
+                model wants it (c_in x); t: ``[B]``, the table's timesteps. With guidance both have 2 B, the first half
+                without the condition and the second with it, and so must the outputs.
+            x: ``[B, ...]``, for a whole loop standard normal noise times ``table.initial_scale``.
+            guidance: scale of classifier-free guidance: a number, or a tensor of one or one a sample.
+            generator, key: where noise comes from, see `sampler_step`.
+            noise: or a function of the row that returns it.
+            model_dtype: of what the model gets; x's by default. float16 or bfloat16 beside a float32 x.
+            begin: the first row, if x is a sample of a later level.
+            progress: shows a bar (needs rich).
+            callback: ``callback(row, step)`` after each step, with denoised; its return value is not used.
+            return_trajectory: also returns ``[rows + 1, B, ...]``, x and the sample after each step.
+            capture: records model and steps in one CUDA graph when called first, and replays it. x, guidance, key, the
+                generator's seed and the table's coefficients may differ from call to call; another shape, model or kind
+                of call makes another recording. The model must not sync; no callback, progress or `noise`.
+
+        Returns:
+            Tensor: the last sample; with return_trajectory (sample, trajectory).
+
+        Raises:
+            TypeError, ValueError: as `sampler_step`; capture without CUDA, or with what it can't do.
+        """
+        op = "Sampler.sample"
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{op}: x must be a torch.Tensor, got {type(x).__name__}")
+        begin = _checks.integer(op, "begin", begin, 0)
+        if begin >= len(self.table):
+            raise ValueError(f"{op}: begin must be in [0, {len(self.table) - 1}], got {begin}")
+        if noise is not None and (generator is not None or key is not None):
+            raise ValueError(f"{op}: noise excludes generator and key, got both")
+        for name, flag in (("progress", progress), ("return_trajectory", return_trajectory), ("capture", capture)):
+            _checks.flag(op, name, flag)
+        if capture:
+            if not x.is_cuda:
+                raise ValueError(f"{op}: capture needs CUDA, got x on {x.device}")
+            if progress or callback is not None or noise is not None:
+                raise ValueError(f"{op}: capture leaves no room for progress, callback or noise; pass none of them")
+            return self._replayed(model, x, guidance, generator, key, model_dtype, begin, return_trajectory)
+        loop = _Loop(self.table, model, x, guidance, model_dtype, begin, self._options)
+        trajectory = [x] if return_trajectory else []
+        for row in _shown(range(begin, len(self.table)), progress):
+            source = {"generator": generator, "key": key}
+            if noise is not None and self.table.noisy[row]:
+                source = {"noise": noise(row)}
+            step = loop.step(row, denoised=callback is not None, **source)
+            if callback is not None:
+                callback(row, step)
+            if return_trajectory:
+                trajectory.append(step.sample)
+        return (loop.x, torch.stack(trajectory)) if return_trajectory else loop.x
+
+    def _replayed(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        guidance: Any,
+        generator: Any,
+        key: Any,
+        model_dtype: torch.dtype | None,
+        begin: int,
+        return_trajectory: bool,
+    ) -> Any:
+        kept = (self.table, model, x.shape, x.stride(), x.dtype, x.device, guidance is not None, key is not None)
+        kept = (*kept, model_dtype, begin, return_trajectory)
+        if self._captured is None or self._captured.kept != kept:
+            self._captured = _Captured(
+                kept, self.table, model, x, guidance, key, model_dtype, begin, self._options, return_trajectory
+            )
+        return self._captured.replayed(x, guidance, generator, key)
+
+
+class _Loop:
+    """The state between steps."""
+
+    def __init__(
+        self,
+        table: StepTable,
+        model: Model,
+        x: torch.Tensor,
+        guidance: Any,
+        model_dtype: torch.dtype | None,
+        begin: int,
+        options: dict[str, Any],
+    ) -> None:
+        self.table, self.model, self.x, self.guidance, self.options = table, model, x, guidance, options
+        self.copies = 1 if guidance is None else 2
+        self.dtype = x.dtype if model_dtype is None else model_dtype
+        self.history: tuple[torch.Tensor, ...] = ()
+        self.timesteps = table.timesteps.to(x.device)
+        scale = table.first_input_scale if begin == 0 else float(table.coefficients[begin - 1, -1])
+        inputs = x if scale == 1 else x * scale
+        self.inputs = inputs.to(self.dtype).repeat(self.copies, *[1] * (x.dim() - 1))
+
+    def step(self, row: int, **how: Any) -> SamplerStep:
+        samples = self.copies * self.x.shape[0]
+        output = self.model(self.inputs, self.timesteps[row].expand(samples))
+        if not isinstance(output, torch.Tensor) or output.shape[:1] != (samples,):
+            raise ValueError(
+                f"Sampler.sample: the model must return a tensor of {samples} samples, got {_checks.described(output)}"
+            )
+        unconditional = None
+        if self.copies == 2:
+            unconditional, output = output.chunk(2)
+        last = row == len(self.table) - 1
+        step = sampler_step(
+            self.x, output, self.table, row, uncond=unconditional, guidance=self.guidance, history=self.history,
+            model_inputs=0 if last else self.copies, **self.options, **how,
+        )  # fmt: skip
+        self.x, self.history, self.inputs = step.sample, step.history, step.model_input
+        return step
+
+
+class _Captured:
+    """A loop recorded in a CUDA graph, with what may change between replays in memory of its own."""
+
+    def __init__(
+        self,
+        kept: tuple[Any, ...],
+        table: StepTable,
+        model: Model,
+        x: torch.Tensor,
+        guidance: Any,
+        key: Any,
+        model_dtype: torch.dtype | None,
+        begin: int,
+        options: dict[str, Any],
+        return_trajectory: bool,
+    ) -> None:
+        self.kept = kept
+        self.x = x.clone()
+        samples = x.shape[0]
+        self.guidance = None if guidance is None else torch.empty(samples, dtype=torch.float64, device=x.device)
+        self.key = None if key is None else torch.empty(samples, dtype=torch.int64, device=x.device)
+        self.state = GeneratorState(x)
+        self._set(x, guidance, key)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+            loop = _Loop(table, model, self.x, self.guidance, model_dtype, begin, options)
+            trajectory = [self.x]
+            self.state.begin()
+            for row in range(begin, len(table)):
+                source: dict[str, Any] = {"key": self.key} if key is not None else {"generator": self.state}
+                trajectory.append(loop.step(row, **source).sample)
+            return loop.x, torch.stack(trajectory) if return_trajectory else None
+
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.no_grad(), torch.cuda.stream(side):  # lazy set-up must not fall into the recording
+            run()
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.sample, self.trajectory = run()
+
+    def _set(self, x: torch.Tensor, guidance: Any, key: Any) -> None:
+        self.x.copy_(x)
+        for own, given in ((self.guidance, guidance), (self.key, key)):
+            if own is None:
+                continue
+            if isinstance(given, torch.Tensor):
+                own.copy_(given)
+            else:
+                own.fill_(given)
+
+    def replayed(self, x: torch.Tensor, guidance: Any, generator: Any, key: Any) -> Any:
+        self._set(x, guidance, key)
+        self.state.take(generator)
+        self.graph.replay()
+        sample = self.sample.clone()
+        return sample if self.trajectory is None else (sample, self.trajectory.clone())
+
+
+def _shown(rows: Sequence[int], progress: bool) -> Iterable[int]:
+    if not progress:
+        return rows
+    if importlib.util.find_spec("rich") is None:
+        raise RuntimeError("Sampler.sample: progress=True needs rich (pip install rich)")
+    from rich.progress import track
+
+    return track(rows, description="sampling")

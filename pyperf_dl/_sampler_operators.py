@@ -1,0 +1,231 @@
+"""The operators of a sampler's step: shapes, derivatives, batching, sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _sampler_linear as linear
+from ._autograd import Operator, pushed_forward
+
+_TENSORS = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
+_OF_MODEL = (1, 2, 3)  # which of them have the dtype of the model
+_BACKWARD_TENSORS = 10  # five gradients, x, output, unconditional, variance, noise
+
+
+class _Numbers(NamedTuple):
+    """What follows the tensors of a step: constants, then statics."""
+
+    table: Any
+    step: Any
+    guidance: Any
+    key: Any
+    state: Any
+    adjust: Any
+    row: Any
+    guidance_scale: Any
+    low: Any
+    high: Any
+    offset: Any
+    denoised: Any
+    keeps: Any
+    copies: Any
+    sample_dims: Any
+
+
+def _layout(x: torch.Tensor, sample_dims: int, logical: bool) -> list[int]:
+    """Order of the dimensions in memory of new tensors: x's own where its samples are dense, else the logical one."""
+    order = list(range(x.dim()))
+    if logical or x.is_contiguous():
+        return order
+    order[sample_dims:] = sorted(order[sample_dims:], key=lambda d: -x.stride(d))
+    expected = 1
+    for d in reversed(order[sample_dims:]):
+        if x.shape[d] != 1 and x.stride(d) != expected:
+            return list(range(x.dim()))
+        expected *= x.shape[d]
+    return order
+
+
+def _empty(x: torch.Tensor, shape: Sequence[int], layout: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    strides, step = [0] * len(shape), 1
+    for d in reversed(layout):
+        strides[d] = step
+        step *= max(shape[d], 1)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
+
+
+def _fake_noise(like, key, state, draw, offset, sample_dims):
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _fake_step(x, output, unconditional, variance, h1, h2, h3, last, noise, *rest):
+    n = _Numbers(*rest)
+    layout = _layout(x, n.sample_dims, n.key is not None or n.state is not None)
+    at = max(n.sample_dims - 1, 0)
+
+    def made(wanted):
+        return _empty(x, x.shape, layout, x.dtype) if wanted else x.new_empty(0)
+
+    model_input = output.new_empty(0)
+    if n.copies:
+        behind = [d + (d >= at) for d in layout]
+        model_input = _empty(
+            x, [*x.shape[:at], n.copies, *x.shape[at:]], [*behind[:at], at, *behind[at:]], output.dtype
+        )
+    return made(True), made(n.denoised), made(n.keeps), made(last is not None), model_input
+
+
+def _fake_backward(grad_next, *rest):
+    grad_model_input, (key, state) = rest[3], rest[12:14]
+    wanted, sample_dims = rest[-2:]
+    layout = _layout(grad_next, sample_dims, key is not None or state is not None)
+
+    def made(k):
+        dtype = grad_model_input.dtype if k in _OF_MODEL else grad_next.dtype
+        if wanted >> k & 1:
+            return _empty(grad_next, grad_next.shape, layout, dtype)
+        return grad_next.new_empty(0, dtype=dtype)
+
+    return tuple(made(k) for k in range(len(_TENSORS)))
+
+
+def _save_step(ctx, inputs, output):
+    """Values matter where there is a clip or a learned variance; elsewhere a step is linear and nothing is kept."""
+    x, model_output, unconditional, variance, *_, noise = inputs[: len(_TENSORS)]
+    n = _Numbers(*inputs[len(_TENSORS) :])
+    ctx.given = [t is not None for t in inputs[: len(_TENSORS)]]
+    ctx.dtypes = x.dtype, model_output.dtype
+    ctx.learned = variance is not None and (noise is not None or n.key is not None)
+    values = (x, model_output, unconditional) if linear.clips(n.low, n.high) else (None, None, None)
+    return *values, *((variance, noise) if ctx.learned else (None, None))
+
+
+def _wanted(ctx):
+    """Bits of the inputs whose gradients are asked for."""
+    needed = ctx.needs_input_grad
+    # The plain route has the numbers in front.
+    needed = needed[1:] if len(needed) == 1 + len(_TENSORS) else needed[: len(_TENSORS)]
+    able = [*ctx.given]
+    able[_TENSORS.index("variance")] = ctx.learned
+    return sum(1 << k for k, (n, a) in enumerate(zip(needed, able, strict=True)) if n and a)
+
+
+def _gradients(ctx, *grads):
+    n = _Numbers(*ctx.statics)
+    given = dict(zip(_TENSORS, ctx.given, strict=True))
+    wanted = _wanted(ctx)
+    made = _backward(
+        *grads, *ctx.saved_tensors, n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
+        n.row, n.guidance_scale, n.low, n.high, n.offset, given["unconditional"], n.denoised, n.keeps, given["last"],
+        n.copies, wanted, n.sample_dims,
+    )  # fmt: skip
+    return tuple(g if wanted >> k & 1 else None for k, g in enumerate(made))
+
+
+def _pushed_step(ctx, *tangents):
+    """The reference at the values that were saved, and at 0 for those that do not matter."""
+    n = _Numbers(*ctx.statics)
+    if not ctx.learned:
+        n = n._replace(key=None, state=None)
+    like = next(t for t in tangents if t is not None)
+    x, output, unconditional, variance, noise = ctx.saved_tensors
+    values = (x, output, unconditional, variance, None, None, None, None, noise)
+    there = [k for k, given in enumerate(ctx.given) if given]
+    inputs = [
+        torch.zeros_like(like, dtype=ctx.dtypes[k in _OF_MODEL]) if values[k] is None else values[k] for k in there
+    ]
+    return pushed_forward(_at(linear.sampler_step, there, len(_TENSORS), n), inputs, [tangents[k] for k in there])
+
+
+def _at(function: Callable[..., Any], places: Sequence[int], tensors: int, statics: Sequence[Any]) -> Any:
+    """`function` of the tensors at some places, None at the others."""
+
+    def of(*given):
+        inputs = [None] * tensors
+        for k, t in zip(places, given, strict=True):
+            inputs[k] = t
+        return function(*inputs, *statics)
+
+    return of
+
+
+def _backward_there(ctx):
+    return [k for k, t in enumerate(ctx.saved_tensors) if t is not None]
+
+
+def _pull_backward(ctx, *grads):
+    there = _backward_there(ctx)
+    inputs = [ctx.saved_tensors[k] for k in there]
+    found = torch.func.vjp(_at(linear.sampler_step_backward, there, _BACKWARD_TENSORS, ctx.statics), *inputs)[1](grads)
+    pulled = [None] * _BACKWARD_TENSORS
+    for k, g in zip(there, found, strict=True):
+        pulled[k] = g
+    return pulled
+
+
+def _pushed_backward(ctx, *tangents):
+    there = _backward_there(ctx)
+    return pushed_forward(
+        _at(linear.sampler_step_backward, there, _BACKWARD_TENSORS, ctx.statics),
+        [ctx.saved_tensors[k] for k in there],
+        [tangents[k] for k in there],
+    )
+
+
+def _batched(*args):
+    return (*args[:-1], args[-1] + 1)
+
+
+def _sample_dims(*args):
+    """Along every dimension where all samples are treated alike, and no noise is made here."""
+    step, guidance, key, state, adjust = args[len(_TENSORS) + 1 :][:5]
+    alike = all(t is None or t.numel() == 1 for t in (step, guidance)) and all(t is None for t in (key, state, adjust))
+    return range(args[0].dim()) if alike else ()
+
+
+def _operations(x, *rest, out_shape=None, **kwargs):
+    return 20 * math.prod(x)
+
+
+_LAUNCH = "pyperf_dl._launch.sampler"
+
+noise = Operator(
+    "sampler_noise",
+    tensors=1,
+    constants=2,
+    fake=_fake_noise,
+    reference=linear.sampler_noise,
+    launch=f"{_LAUNCH}:sampler_noise",
+    batch=_batched,
+)
+_backward = Operator(
+    "sampler_step_backward",
+    tensors=_BACKWARD_TENSORS,
+    constants=5,
+    fake=_fake_backward,
+    reference=linear.sampler_step_backward,
+    launch=f"{_LAUNCH}:sampler_step_backward",
+    save=lambda ctx, inputs, output: inputs[:_BACKWARD_TENSORS],
+    backward=_pull_backward,
+    jvp=_pushed_backward,
+    batch=_batched,
+    flops=_operations,
+)
+step = Operator(
+    "sampler_step",
+    tensors=len(_TENSORS),
+    constants=6,
+    fake=_fake_step,
+    reference=linear.sampler_step,
+    launch=f"{_LAUNCH}:sampler_step",
+    save=_save_step,
+    backward=_gradients,
+    jvp=_pushed_step,
+    batch=_batched,
+    shard=_sample_dims,
+    flops=_operations,
+)
