@@ -17,6 +17,9 @@ struct OnCpu {
   static void noise(const StepCall& call, const Tensor&) {
     PYPERF_AT_SIMD_LEVEL(noise<TorchThreads>)(call, TorchThreads());
   }
+  static void adjustments(const AdjustmentCall& call, const Tensor&) {
+    PYPERF_AT_SIMD_LEVEL(adjustments<TorchThreads>)(call, TorchThreads());
+  }
   static void step(const StepCall& call, const Tensor&) {
     PYPERF_AT_SIMD_LEVEL(step<TorchThreads>)(call, TorchThreads());
   }
@@ -38,6 +41,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
   m.def(
       "sampler_noise(Tensor like, Tensor? key, Tensor? state, SymInt draw, SymInt offset, SymInt sample_dims) -> "
       "Tensor");
+  m.def(
+      "sampler_adjustments(Tensor x, Tensor output, Tensor? unconditional, Tensor table, Tensor? step, "
+      "Tensor? guidance, SymInt row, float guidance_scale, float rescale, float quantile, float largest, "
+      "SymInt sample_dims) -> Tensor");
   m.def(
       "sampler_step(Tensor x, Tensor output, Tensor? unconditional, Tensor? variance, Tensor? h1, Tensor? h2, "
       "Tensor? h3, Tensor? last, Tensor? noise, " PYPERF_STEP_NUMBERS "Tensor? adjust, " PYPERF_STEP_STATICS

@@ -1,11 +1,13 @@
 // Steps of samplers between torch and kernels/: checks, outputs, and how operands lie. A backend offers
 //   static void step(StepCall&, const Tensor& like)
 //   static void step_backward(StepCall&, const StepGradients&, const Tensor& like)
+//   static void adjustments(const AdjustmentCall&, const Tensor& like)
 //   static void noise(StepCall&, const Tensor& out)    out alone, of StepCall its shape and where noise comes from
 //   static constexpr bool kDraws                       whether it has the numbers of PyTorch's generator
 // Schemas are in sampler.cpp.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -297,6 +299,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {made[0], made[1], made[2], made[3], made[4], made[5], made[6], made[7], made[8]};
 }
 
+template <class Backend>
+Tensor adjustments(const Tensor& x, const Tensor& output, const MaybeTensor& unconditional, const Tensor& table,
+                   const MaybeTensor& steps, const MaybeTensor& guidance, int64_t row, double guidance_scale,
+                   double rescale, double quantile, double largest, int64_t sample_dims) {
+  check_dtypes(x, output);
+  require(quantile >= 0 && quantile <= 1, "sampler_adjustments: quantile must be in [0, 1], got ", quantile);
+  const SampleShape shape(x, sample_dims, false);
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  AdjustmentCall call{};
+  call.step = call_of(x, output.scalar_type(), shape, {table, steps, guidance, {}, {}, {}},
+                      {row, guidance_scale, -kInfinity, kInfinity, 0, 0});
+  Operands of(x, shape);
+  call.step.operand[kSample] = of.input("x", x, x.scalar_type());
+  call.step.operand[kOutput] = of.input("output", output, output.scalar_type());
+  call.step.operand[kUnconditional] = of.input("unconditional", unconditional, output.scalar_type());
+  call.rescale = rescale, call.quantile = quantile, call.largest = largest;
+  const Tensor memory =
+      contiguous_empty(x, {quantile != 0 ? x.numel() : 0}, is_half(x) ? ScalarType::Float : ScalarType::Double);
+  const Tensor out = contiguous_empty(x, {shape.samples, 2}, ScalarType::Double);
+  call.memory = memory.data_ptr(), call.out = static_cast<double*>(out.data_ptr());
+  if (x.numel()) Backend::adjustments(call, x);
+  return out;
+}
+
 // Noise in the logical order of its elements: from keys that of a row, which may be below 0, else that of a generator.
 template <class Backend>
 Tensor noise(const Tensor& like, const MaybeTensor& key, const MaybeTensor& state, int64_t draw, int64_t offset,
@@ -317,7 +343,8 @@ Tensor noise(const Tensor& like, const MaybeTensor& key, const MaybeTensor& stat
 
 }  // namespace pyperf::sampler
 
-#define PYPERF_IMPLEMENT_SAMPLER(m, Backend)                            \
-  m.impl("sampler_noise", TORCH_BOX(&pyperf::sampler::noise<Backend>)); \
-  m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>));   \
+#define PYPERF_IMPLEMENT_SAMPLER(m, Backend)                                        \
+  m.impl("sampler_noise", TORCH_BOX(&pyperf::sampler::noise<Backend>));             \
+  m.impl("sampler_adjustments", TORCH_BOX(&pyperf::sampler::adjustments<Backend>)); \
+  m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>));               \
   m.impl("sampler_step_backward", TORCH_BOX(&pyperf::sampler::step_backward<Backend>))

@@ -233,9 +233,9 @@ def sampler_adjustments(
 
 
 def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:
-    """torch.quantile along the last dimension, which is for 16 million elements at most."""
+    """torch.quantile along the last dimension, which is for 16 million elements at most: NaN where there is one."""
     place = q * (values.shape[-1] - 1)
     below = math.floor(place)
     ordered = values.sort(-1).values
     low, high = ordered[..., below], ordered[..., min(below + 1, values.shape[-1] - 1)]
-    return low + (high - low) * (place - below)
+    return torch.where(ordered[..., -1].isnan(), math.nan, low + (high - low) * (place - below))

@@ -62,6 +62,10 @@ def _fake_noise(like, key, state, draw, offset, sample_dims):
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def _fake_adjustments(x, *rest):
+    return x.new_empty((math.prod(x.shape[: rest[-1]]), 2), dtype=torch.float64)
+
+
 def _fake_step(x, output, unconditional, variance, h1, h2, h3, last, noise, *rest):
     n = _Numbers(*rest)
     layout = _layout(x, n.sample_dims, n.key is not None or n.state is not None)
@@ -193,6 +197,13 @@ def _operations(x, *rest, out_shape=None, **kwargs):
 
 _LAUNCH = "pyperf_dl._launch.sampler"
 
+adjustments = Operator(
+    "sampler_adjustments",
+    tensors=3,
+    constants=3,
+    fake=_fake_adjustments,
+    reference=linear.sampler_adjustments,
+)
 noise = Operator(
     "sampler_noise",
     tensors=1,

@@ -11,7 +11,7 @@ import torch
 from . import _checks
 from . import _sampler_linear as linear
 from . import _sampler_operators as operators
-from ._autograd import is_differentiated
+from ._autograd import _are_functorch_transforms_active, is_differentiated
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
 from ._sampler_step_table import StepTable
 
@@ -121,8 +121,10 @@ def sampler_step(
     coefficients = table.to(x.device).coefficients
     numbers = (coefficients, rows, scales)
     adjust = None
+    by_reference = bool(adjustment) and _are_differentiated((x, output, unconditional, variance, *history, noise))
     if adjustment:
-        adjust = linear.sampler_adjustments(x, output, unconditional, *numbers, row, scale, *adjustment, 1)
+        adjustments = linear.sampler_adjustments if by_reference else operators.adjustments
+        adjust = adjustments(x, output, unconditional, *numbers, row, scale, *adjustment, 1)
     state, offset = None, 0
     if plan.noisy and noise is None and key is None and target is None:
         drawing = None if log_prob or variance is not None else generator_state(x, generator)
@@ -137,7 +139,7 @@ def sampler_step(
     given_noise = None if log_prob else noise
     h = [None if k >= len(kept) else kept[k].to(wide.dtype) for k in range(3)]
     tensors = (wide, output, unconditional, variance, *h, None if last is None else last.to(wide.dtype), given_noise)
-    call = linear.sampler_step if adjust is not None and _are_differentiated(tensors) else operators.step
+    call = linear.sampler_step if by_reference else operators.step
     sample, d, combined, corrected, model_input = call(
         *tensors, *numbers, key, state, adjust,
         row, scale, low, high, offset, denoised or plan.keeps_denoised, plan.combines, copies, 1,
@@ -385,7 +387,10 @@ def _checked_target(op: str, target: Any, log_prob: bool, x: torch.Tensor) -> No
 
 
 def _are_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return any(t is not None and is_differentiated(t) for t in tensors)
+    """Or batched."""
+    if _are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in tensors)
 
 
 # ---- log-probability ----

@@ -172,6 +172,39 @@ def test_reference_gradients_are_those_of_autograd():
         torch.testing.assert_close(got, list(want))
 
 
+# ---- whole samples ----
+
+
+def adjustment_arguments(args, rescale, quantile, largest):
+    return (*args[:3], *args[TENSORS : TENSORS + 3], *args[TENSORS + 6 : TENSORS + 8], rescale, quantile, largest, 1)
+
+
+@given(
+    st.sampled_from([(2, 3, 5, 7), (3, 2), (2, 4100), (5, 40), (0, 3)]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.7, 1.0]),
+    st.sampled_from([0.0, 0.5, 0.995, 1.0]),
+    st.sampled_from([1.5, INF]),
+    st.integers(0, 2**20),
+)
+def test_adjustments_agree_with_reference(shape, dtype, uncond, per_sample, rescale, quantile, largest, seed):
+    args = arguments(shape, dtype, seed=seed, uncond=uncond, per_sample=per_sample)
+    args = adjustment_arguments(args, rescale, quantile, largest)
+    got, want = ops.sampler_adjustments(*args), linear.sampler_adjustments(*args)
+    arithmetic = torch.float32 if dtype.itemsize == 2 else torch.float64
+    torch.testing.assert_close(got, want, rtol=64 * torch.finfo(arithmetic).eps, atol=0)
+
+
+def test_a_nan_makes_the_bound_of_its_sample_nan():
+    args = list(adjustment_arguments(arguments((3, 50), torch.float32), 0.0, 0.9, INF))
+    args[0] = args[0].clone()
+    args[0][1, 7] = math.nan
+    for function in (ops.sampler_adjustments, linear.sampler_adjustments):
+        assert function(*args)[:, 1].isnan().tolist() == [False, True, False]
+
+
 # ---- memory ----
 
 
@@ -371,6 +404,7 @@ def test_opcheck(dtype, flags):
     opcheck(ops.sampler_step.default, tuple(with_gradients))
     args = [t.detach() if torch.is_tensor(t) else t for t in args]
     opcheck(ops.sampler_step_backward.default, backward_arguments(args))
+    opcheck(ops.sampler_adjustments.default, adjustment_arguments(args, 0.5, 0.9, 2.0))
     opcheck(ops.sampler_noise.default, (args[0], torch.tensor([3]), None, -1, 0, 1))
 
 

@@ -371,3 +371,102 @@ void noise(const sampler::StepCall& call, const Parallel& parallel) {
                        });
   });
 }
+
+// ---- whole samples ----
+
+// Mean and variance about a first guess of the mean, each lane on its own: the same sums at every SIMD level.
+template <class R>
+struct Spread {
+  static constexpr int kLanes = 16;
+  double about = 0, sum[kLanes] = {}, squares[kLanes] = {};
+
+  void add(const R* v, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      for (int lane = 0; lane < kLanes && i + lane < n; ++lane) {
+        const double d = double(v[i + lane]) - about;
+        sum[lane] += d, squares[lane] += d * d;
+      }
+  }
+  // Times n - 1.
+  double variance(int64_t n) const {
+    double s = 0, q = 0;
+    for (int lane = 0; lane < kLanes; ++lane) s += sum[lane], q += squares[lane];
+    return q - s * s / double(n);
+  }
+};
+
+// The guided output of elements first, ..., first + n - 1, and x.
+template <class R, class T, class O>
+void load_guided(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sample, int64_t first, int64_t n,
+                 R* conditional, R* guided) {
+  using namespace sampler;
+  const O* const output = at_element<O>(call.operand[kOutput], sample, first);
+  const O* const unconditional = at_element<O>(call.operand[kUnconditional], sample, first);
+  for (int64_t i = 0; i < n; ++i) conditional[i] = loaded<R>(output[i]);
+  if (!unconditional) return void(std::copy_n(conditional, n, guided));
+  using M = ScalarMachine<R>;
+  for (int64_t i = 0; i < n; ++i) guided[i] = math::guided<M>(w, conditional[i], loaded<R>(unconditional[i]));
+}
+
+// Of values without a NaN, which it reorders; between neighbours in a line.
+template <class R>
+double quantile_of(R* values, int64_t n, double quantile) {
+  const double place = quantile * double(n - 1);
+  const int64_t below = int64_t(place);
+  std::nth_element(values, values + below, values + n);
+  const double low = double(values[below]);
+  const double high = below + 1 < n ? double(*std::min_element(values + below + 1, values + n)) : low;
+  return low + (high - low) * (place - double(below));
+}
+
+template <class R, class T, class O>
+void adjust_sample(const sampler::AdjustmentCall& call, int64_t sample, R* conditional, R* guided) {
+  using namespace sampler;
+  const StepCall& step = call.step;
+  const StepWeights<R> w(step, sample);
+  const int64_t n = step.sample_size;
+  double* const out = call.out + 2 * sample;
+  out[0] = 1, out[1] = double(INFINITY);
+  const auto in_pieces = [&](const auto& visit) {
+    for (int64_t first = 0; first < n; first += kStepRun) {
+      const int64_t count = std::min(kStepRun, n - first);
+      load_guided<R, T, O>(step, w, sample, first, count, conditional, guided);
+      visit(first, count);
+    }
+  };
+  if (call.rescale != 0 && step.operand[kUnconditional].data) {
+    Spread<R> of_conditional, of_guided;
+    in_pieces([&](int64_t first, int64_t count) {
+      if (first == 0) of_conditional.about = double(conditional[0]), of_guided.about = double(guided[0]);
+      of_conditional.add(conditional, count), of_guided.add(guided, count);
+    });
+    const double ratio = std::sqrt(of_conditional.variance(n) / of_guided.variance(n));
+    out[0] = n > 1 ? call.rescale * ratio + (1 - call.rescale) : double(NAN);
+  }
+  if (call.quantile == 0) return;
+  R* const sizes = static_cast<R*>(call.memory) + sample * n;
+  const T* const x = static_cast<const T*>(step.operand[kSample].data) + sample * step.operand[kSample].stride;
+  const R factor = R(out[0]);
+  bool ordered = true;
+  in_pieces([&](int64_t first, int64_t count) {
+    using M = ScalarMachine<R>;
+    for (int64_t i = 0; i < count; ++i) {
+      const R d = std::fabs(math::unclipped<M>(w, loaded<R>(x[first + i]), guided[i] * factor));
+      sizes[first + i] = d;
+      ordered &= d == d;
+    }
+  });
+  out[1] = ordered ? std::min(std::max(quantile_of(sizes, n, call.quantile), 1.0), call.largest) : double(NAN);
+}
+
+template <class Parallel>
+void adjustments(const sampler::AdjustmentCall& call, const Parallel& parallel) {
+  with_step_types(call.step, [&](auto r, auto t, auto o) {
+    using R = decltype(r);
+    parallel(call.step.samples, 1, 2 * kStepRun * sizeof(R), [&](int64_t from, int64_t to, void* scratch) {
+      R* const memory = static_cast<R*>(scratch);
+      for (int64_t sample = from; sample < to; ++sample)
+        adjust_sample<R, decltype(t), decltype(o)>(call, sample, memory, memory + kStepRun);
+    });
+  });
+}

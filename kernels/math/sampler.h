@@ -30,7 +30,7 @@ struct StepWeights {
     if (call.adjust) {
       const double* const of = call.adjust + 2 * (sample % call.adjusts);
       factor = R(of[0]);
-      if (of[1] < __builtin_huge_val()) low = R(-of[1]), high = R(of[1]), shrink = R(1 / of[1]);
+      if (!(of[1] == __builtin_huge_val())) low = R(-of[1]), high = R(of[1]), shrink = R(1 / of[1]);
     }
   }
 };

@@ -112,4 +112,12 @@ struct StepGradients {
   Elements of_input[kInputs];
 };
 
+// What a step needs to know of whole samples: StepCall::adjust of its operands kSample, kOutput, kUnconditional.
+struct AdjustmentCall {
+  StepCall step;
+  double rescale, quantile, largest;  // a quantile of 0: no bound
+  void* memory;                       // [samples, sample_size] of the arithmetic's type, where there is a quantile
+  double* out;                        // [samples, 2]
+};
+
 }  // namespace pyperf::sampler
