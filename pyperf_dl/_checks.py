@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -32,15 +33,26 @@ def integer(op: str, name: str, value: Any, minimum: int | None = None) -> int:
     return number
 
 
-def number(op: str, name: str, value: Any, finite: bool = True) -> float:
-    """`value`, an int or a float (a symbolic one passes as it is)."""
-    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+def number(
+    op: str,
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    *,
+    finite: bool = False,
+) -> float:
+    """`value` as a float in [minimum, maximum] (a symbolic one passes as it is); tensors and bools are not taken for
+    numbers."""
+    symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))
+    if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {described(value)}")
     if finite and not -math.inf < value < math.inf:  # math.isfinite takes no symbolic number
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
-    if value != value:
-        raise ValueError(f"{op}: {name} must not be NaN")
-    return float(value) if isinstance(value, int) else value
+        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+    if not minimum <= value <= maximum:
+        bounds = f">= {minimum}" if maximum == math.inf else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"{op}: {name} must be {bounds}, got {value!r}")
+    return value if symbolic else float(value)
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ _packed, _packed_backward = _operators("rational_quadratic_spline_packed", 4, _f
 
 
 def _number(op: str, name: str, value: Any) -> float:
-    value = _checks.number(op, name, value)
+    value = _checks.number(op, name, value, finite=True)
     if value != 0 and not 1e-30 <= abs(value) <= 1e30:  # their products must be numbers of float32 too
         raise ValueError(f"{op}: {name} must be 0 or of a size in [1e-30, 1e30], got {value}")
     return float(value)

@@ -24,8 +24,8 @@ class Sampler:
         guidance_rescale, clip, dynamic_threshold: as in `sampler_step`, for every step.
 
     >>> table = pyperf_dl.StepTable.flow_euler(pyperf_dl.NoiseSchedule.flow(8))
-    >>> def model(x, t):  # the velocity towards 3
-    ...     return (x - 3) / t.view(-1, 1)
+    >>> def model(x, t):  # the velocity towards 3, whose samples are 3
+    ...     return (x - 3) / (t.view(-1, 1) / 1000)
     >>> pyperf_dl.Sampler(table).sample(model, torch.zeros(1, 2))
     tensor([[3., 3.]])
     """

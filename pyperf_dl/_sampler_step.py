@@ -118,7 +118,9 @@ def sampler_step(
     if target is not None:
         _checked_target(op, target, log_prob, x)
 
-    coefficients = table.to(x.device).coefficients
+    coefficients = table.coefficients
+    if coefficients.device != x.device:
+        coefficients = table.to(x.device).coefficients
     numbers = (coefficients, rows, scales)
     adjust = None
     by_reference = bool(adjustment) and _are_differentiated((x, output, unconditional, variance, *history, noise))
@@ -295,7 +297,7 @@ def _checked_guidance(
     _checked_like(op, "uncond", uncond, x, output.dtype)
     if isinstance(guidance, torch.Tensor):
         return uncond, 1.0, one_a_sample(op, "guidance", guidance, x, torch.float64)
-    return uncond, _checks.number(op, "guidance", guidance), None
+    return uncond, _checks.number(op, "guidance", guidance, finite=True), None
 
 
 def _checked_clip(op: str, clip: Any, dynamic_threshold: Any) -> tuple[float, float]:
@@ -306,7 +308,7 @@ def _checked_clip(op: str, clip: Any, dynamic_threshold: Any) -> tuple[float, fl
     if isinstance(clip, (tuple, list)):
         if len(clip) != 2:
             raise ValueError(f"{op}: clip must be a bound or (low, high), got {clip}")
-        low, high = (_checks.number(op, "clip", c, finite=False) for c in clip)
+        low, high = (_checks.number(op, "clip", c) for c in clip)
     else:
         high = _checks.number(op, "clip", clip)
         low = -high
@@ -319,16 +321,14 @@ def _checked_adjustment(
     op: str, rescale: Any, dynamic_threshold: Any, unconditional: torch.Tensor | None
 ) -> tuple[float, float, float] | None:
     """guidance_rescale, quantile and largest bound, where there is any."""
-    rescale = _checks.number(op, "guidance_rescale", rescale)
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"{op}: guidance_rescale must be in [0, 1], got {rescale}")
+    rescale = _checks.number(op, "guidance_rescale", rescale, 0.0, 1.0)
     if rescale and unconditional is None:
         raise ValueError(f"{op}: guidance_rescale needs guidance, got {rescale} without uncond")
     if dynamic_threshold is None:
         return (rescale, 0.0, math.inf) if rescale else None
     if not isinstance(dynamic_threshold, (tuple, list)) or len(dynamic_threshold) != 2:
         raise TypeError(f"{op}: dynamic_threshold must be (quantile, largest bound), got {dynamic_threshold!r}")
-    quantile, largest = (_checks.number(op, "dynamic_threshold", v, finite=False) for v in dynamic_threshold)
+    quantile, largest = (_checks.number(op, "dynamic_threshold", v) for v in dynamic_threshold)
     if not 0 < quantile <= 1 or not largest >= 1:
         raise ValueError(
             f"{op}: dynamic_threshold must be a quantile in (0, 1] and a bound >= 1, got {tuple(dynamic_threshold)}"

@@ -18,8 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from ._sampler_papers import PREDICTIONS, Level, ancestral_levels, ddim_deviation, ddpm_variances
 
 
@@ -59,6 +57,12 @@ def prediction_weights(now: Level, prediction: str) -> tuple[float, float]:
     return alpha / square, -sigma / math.sqrt(square)
 
 
+def edm_weights(now: Level, sigma_data: float) -> tuple[float, float]:
+    """(p, q) of a network behind the preconditioning of Karras et al. (2022), table 1: c_skip, c_out."""
+    size = math.hypot(now.sigma, sigma_data)
+    return (sigma_data / size) ** 2, now.sigma * sigma_data / size
+
+
 def noise_weights(now: Level, prediction: str) -> tuple[float, float]:
     """(x, m) of the noise that the output predicts."""
     alpha, sigma = now
@@ -73,6 +77,9 @@ def noise_weights(now: Level, prediction: str) -> tuple[float, float]:
 
 
 # ---- one function a sampler: rows of a schedule, whose last level is where it ends ----
+# prediction: one of PREDICTIONS, or in samplers that see nothing of an output but D, what gives (p, q) of a level.
+
+Prediction = str | Callable[[Level], tuple[float, float]]
 
 
 def ddim(levels: Sequence[Level], prediction: str = "epsilon", eta: float = 0.0, rederive: bool = False) -> list[Row]:
@@ -96,7 +103,8 @@ def ddpm(levels: Sequence[Level], prediction: str = "epsilon", variance: str = "
         ratio = now.alpha / after.alpha
         noise = {"z": math.sqrt(large if variance == "large" else small)}
         if variance == "learned_range":
-            noise = {"z": 1.0, "log_small": math.log(max(small, 1e-300)), "log_large": math.log(large)}
+            logs = [math.log(max(v, 1e-300)) for v in (small, large)]  # both are 0 where a last step stays
+            noise = {"z": 1.0, "log_small": logs[0], "log_large": logs[1]}
         rows.append(
             _row(
                 now,
@@ -110,12 +118,38 @@ def ddpm(levels: Sequence[Level], prediction: str = "epsilon", variance: str = "
     return rows
 
 
-def euler(levels: Sequence[Level], prediction: str = "epsilon") -> list[Row]:
+def euler(levels: Sequence[Level], prediction: Prediction = "epsilon") -> list[Row]:
     return [_row(now, prediction, **_towards(now.sigma, after.sigma)) for now, after in _steps(levels)]
 
 
+def raised_levels(levels: Sequence[Level], s_churn: float, s_tmin: float, s_tmax: float) -> list[Level]:
+    """sigma-hat of each step: Karras et al. (2022), algorithm 2, line 5. The last level stays."""
+    steps = len(levels) - 1
+    gamma = min(s_churn / steps, math.sqrt(2) - 1)
+    return [
+        Level(1.0, sigma * (1 + gamma)) if i < steps and s_tmin <= sigma <= s_tmax else Level(1.0, sigma)
+        for i, (_, sigma) in enumerate(levels)
+    ]
+
+
+def churn_deviation(now: Level, raised: Level, s_noise: float) -> float:
+    """Of the noise that raises a sample."""
+    return s_noise * math.sqrt(raised.sigma**2 - now.sigma**2)
+
+
+def churn(
+    levels: Sequence[Level], raised: Sequence[Level], prediction: Prediction = "epsilon", s_noise: float = 1.0
+) -> list[Row]:
+    """Each row goes from a raised level to the next level, and adds the noise that raises it for the next step. x of
+    the first one has churn_deviation(levels[0], raised[0]) of noise already."""
+    return [
+        _row(now, prediction, **_towards(now.sigma, after.sigma), z=churn_deviation(after, after_raised, s_noise))
+        for (now, after_raised), after in zip(_steps(raised), levels[1:], strict=True)
+    ]
+
+
 def euler_ancestral(
-    levels: Sequence[Level], prediction: str = "epsilon", eta: float = 1.0, s_noise: float = 1.0
+    levels: Sequence[Level], prediction: Prediction = "epsilon", eta: float = 1.0, s_noise: float = 1.0
 ) -> list[Row]:
     rows = []
     for now, after in _steps(levels):
@@ -137,7 +171,7 @@ def flow_ancestral(
     return rows
 
 
-def heun(levels: Sequence[Level], prediction: str = "epsilon") -> list[Row]:
+def heun(levels: Sequence[Level], prediction: Prediction = "epsilon") -> list[Row]:
     """Two rows a step, at its begin and at its end; one where it ends at 0. The first keeps x + (delta / 2) slope."""
     rows = []
     for now, after in _steps(levels):
@@ -150,20 +184,19 @@ def heun(levels: Sequence[Level], prediction: str = "epsilon") -> list[Row]:
     return rows
 
 
-def lms(levels: Sequence[Level], prediction: str = "epsilon", order: int = 4) -> list[Row]:
+def lms(levels: Sequence[Level], prediction: Prediction = "epsilon", order: int = 4) -> list[Row]:
     """Keeps slopes (x - D) / sigma."""
     rows = []
     sigmas = [level.sigma for level in levels]
     for i, (now, after) in enumerate(_steps(levels)):
         used = sigmas[: i + 1][::-1][:order]
-        weights = []
-        for j, own in enumerate(used):
-            basis = np.polynomial.Polynomial([1.0])
-            for k, other in enumerate(used):
-                if k != j:
-                    basis = basis * np.polynomial.Polynomial([-other, 1.0]) / (own - other)
-            integral = basis.integ()
-            weights.append(float(integral(after.sigma) - integral(now.sigma)))
+        # Gauss: exact for the polynomial through four slopes
+        middle, half = (after.sigma + now.sigma) / 2, (after.sigma - now.sigma) / 2
+        nodes = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
+        weights = [
+            half * sum(math.prod((at - other) / (own - other) for other in used if other != own) for at in nodes)
+            for own in used
+        ]
         slope, *older = weights
         rows.append(
             _row(
@@ -194,7 +227,7 @@ def plms(levels: Sequence[Level], prediction: str = "epsilon") -> list[Row]:
 
 def dpm_solver_pp(
     levels: Sequence[Level],
-    prediction: str = "epsilon",
+    prediction: Prediction = "epsilon",
     order: int = 2,
     kind: str = "midpoint",
     eta: float = 0.0,
@@ -206,11 +239,10 @@ def dpm_solver_pp(
     rows = []
     steps = _steps(levels)
     for i, (now, after) in enumerate(steps):
-        at_most = min(order, i + 1, len(steps) - i if lower_order_final else order)
+        at_most = min(order, _known(levels, i), len(steps) - i if lower_order_final else order)
         h = after.log_ratio - now.log_ratio
-        if math.isinf(h):
-            rows.append(_row(now, prediction, d=after.alpha, keep_d=1.0))
-            continue
+        if after.sigma == 0 or h == 0:
+            at_most = 1
         g = (1 + eta) * h
         d, older = -math.expm1(-g), []
         if at_most >= 2:
@@ -229,10 +261,10 @@ def dpm_solver_pp(
             _row(
                 now,
                 prediction,
-                x=after.sigma / now.sigma * math.exp(-eta * h),
+                x=after.sigma / now.sigma * (math.exp(-eta * h) if eta else 1.0),  # h may be infinite
                 d=after.alpha * d,
                 **_history([after.alpha * c for c in older]),
-                z=s_noise * after.sigma * math.sqrt(-math.expm1(-2 * eta * h)),
+                z=s_noise * after.sigma * (math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0),
                 keep_d=1.0,
             )
         )
@@ -240,7 +272,7 @@ def dpm_solver_pp(
 
 
 def unipc(
-    levels: Sequence[Level], prediction: str = "epsilon", b: str = "bh2", lower_order_final: bool = True
+    levels: Sequence[Level], prediction: Prediction = "epsilon", b: str = "bh2", lower_order_final: bool = True
 ) -> list[Row]:
     """UniPC of order 2. Every row but the first corrects x before it predicts; keeps denoised samples."""
     of: Callable[[float], float] = math.expm1 if b == "bh2" else float
@@ -269,11 +301,10 @@ def unipc(
                 "last_h1": base - weight * (newer + older),
                 "last_h2": weight * older,
             }
-        order = min(2, i + 1, len(steps) - i if lower_order_final else 2)
+        order = min(2, _known(levels, i), len(steps) - i if lower_order_final else 2)
         h = after.log_ratio - now.log_ratio
-        if math.isinf(h):
-            rows.append(_row(now, prediction, d=after.alpha, keep_d=1.0, **corrector))
-            continue
+        if after.sigma == 0 or h == 0:
+            order = 1
         d, older_d = -after.alpha * math.expm1(-h), 0.0
         if order == 2:
             older_d = -after.alpha * of(-h) * 0.5 / ((levels[i - 1].log_ratio - now.log_ratio) / h)
@@ -287,11 +318,11 @@ def flow_euler(levels: Sequence[Level]) -> list[Row]:
     return [_row(now, "flow", x=1.0, m=after.sigma - now.sigma) for now, after in _steps(levels)]
 
 
-def flow_stochastic(levels: Sequence[Level]) -> list[Row]:
-    return [_row(now, "flow", d=1 - after.sigma, z=after.sigma) for now, after in _steps(levels)]
+def flow_stochastic(levels: Sequence[Level], prediction: str = "flow") -> list[Row]:
+    return [_row(now, prediction, d=1 - after.sigma, z=after.sigma) for now, after in _steps(levels)]
 
 
-def consistency(
+def latent_consistency(
     levels: Sequence[Level], scalings: Sequence[tuple[float, float]], prediction: str = "epsilon"
 ) -> list[Row]:
     """scalings: (c_skip, c_out) of each step. The last one ends with what it found."""
@@ -302,6 +333,18 @@ def consistency(
     return rows
 
 
+def consistency(levels: Sequence[Level], sigma_min: float, sigma_data: float, s_noise: float = 1.0) -> list[Row]:
+    """Song et al. (2023), algorithm 1, with the preconditioning of their appendix C: D is what the whole model says,
+    which is x itself at sigma_min."""
+    rows = []
+    for (_, sigma), (_, after) in _steps(levels):
+        skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+        out = (sigma - sigma_min) * sigma_data / math.hypot(sigma, sigma_data)
+        deviation = s_noise * math.sqrt(max(after**2 - sigma_min**2, 0.0))
+        rows.append(Row(skip, out, d=1.0, z=deviation))
+    return rows
+
+
 # ---- parts of rows ----
 
 
@@ -309,9 +352,17 @@ def _steps(levels: Sequence[Level]) -> list[tuple[Level, Level]]:
     return list(itertools.pairwise(levels))
 
 
-def _row(now: Level, prediction: str, **coefficients: float) -> Row:
+def _row(now: Level, prediction: Prediction, **coefficients: float) -> Row:
+    if callable(prediction):
+        return Row(*prediction(now), **coefficients)
     assert prediction in PREDICTIONS
     return Row(*prediction_weights(now, prediction), **coefficients)
+
+
+def _known(levels: Sequence[Level], i: int) -> int:
+    """How many denoised samples step i has for a polynomial in lambda: none of a level without signal, where lambda is
+    infinite; but its own."""
+    return max(i + (levels[0].alpha > 0), 1)
 
 
 def _towards(sigma: float, sigma_after: float) -> dict[str, float]:
