@@ -1,0 +1,326 @@
+"""Launches the Triton kernels of kernels/triton/sampler.py; signatures and outputs as in csrc/sampler.h.
+
+Numbers of a CUDA generator (`state`) are not made here: they are drawn before, with torch.randn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from pyperf_dl._sampler_linear import COLUMNS, clips
+from pyperf_dl._triton import sampler as kernels
+
+from . import common
+
+ELEMENTS = 1024  # of a program
+NOISE_GROUP = 128  # elements whose noise is made together
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+OUTPUT, UNCONDITIONAL, VARIANCE, NOISE, INPUTS = 1, 2, 3, 8, 9  # places of a step's inputs, and their number
+
+Shape = Sequence[int]
+MaybeTensor = torch.Tensor | None
+
+
+# ---- checks: the last line of defence, as in native operators ----
+
+
+def _require(met: bool, name: str, rule: str, got: Any) -> None:
+    if not met:
+        raise RuntimeError(f"{name}: {rule}, got {got}")
+
+
+def _check_operand(name: str, what: str, t: MaybeTensor, like: torch.Tensor, *dtypes: torch.dtype) -> None:
+    if t is not None:
+        _require(t.shape == like.shape, name, f"{what} must have shape {list(like.shape)}", list(t.shape))
+        _require(t.device == like.device, name, f"{what} must be on {like.device}", t.device)
+        _require(t.dtype in dtypes, name, f"{what} must be {' or '.join(map(str, dtypes))}", t.dtype)
+
+
+def _check_noise(name: str, state: MaybeTensor, **sources: MaybeTensor) -> None:
+    if state is not None:
+        raise RuntimeError(
+            f"{name}: the triton backend does not make the numbers of a generator (state); draw them with torch.randn, "
+            "and give them as noise"
+        )
+    given = [what for what, t in sources.items() if t is not None]
+    _require(len(given) <= 1, name, f"{' and '.join(sources)} exclude each other", "both")
+
+
+def _model_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float32, *HALF_DTYPES) if dtype == torch.float32 else (dtype,)
+
+
+class _Numbers(NamedTuple):
+    """Of samples: a tensor, and of how many samples; None, 1 for what is the same for all."""
+
+    tensor: MaybeTensor
+    count: int
+
+    @staticmethod
+    def of(
+        name: str, what: str, t: MaybeTensor, like: torch.Tensor, samples: int, dtype: torch.dtype, width: int = 1
+    ) -> _Numbers:
+        if t is None:
+            return _Numbers(None, 1)
+        count, rest = divmod(t.numel(), width)
+        met = t.dtype == dtype and t.device == like.device and t.is_contiguous() and not rest
+        _require(
+            met and count > 0 and samples % count == 0,
+            name,
+            f"{what} must be {dtype}, contiguous, on {like.device}, for all of {samples} samples or one for each",
+            f"{t.dtype} {list(t.shape)} on {t.device}",
+        )
+        return _Numbers(t, count)
+
+
+# ---- how operands lie ----
+
+
+class _Layout:
+    """The order of a sample tensor's dimensions in memory: those that index samples lead.
+
+    Noise goes by the logical index of an element: with `logical`, all lies in that order.
+    """
+
+    def __init__(self, name: str, x: torch.Tensor, sample_dims: int, logical: bool) -> None:
+        _require(0 <= sample_dims <= x.dim(), name, f"sample_dims must be in [0, {x.dim()}]", sample_dims)
+        self.shape, self.sample_dims = x.shape, sample_dims
+        self.samples, self.size = math.prod(x.shape[:sample_dims]), math.prod(x.shape[sample_dims:])
+        self.group = max(x.shape[sample_dims - 1], 1) if sample_dims else 1
+        every = list(range(x.dim()))
+        self.order = every[:sample_dims] + sorted(every[sample_dims:], key=lambda d: -x.stride(d))
+        if logical or not self._is_dense(x):
+            self.order = every
+
+    def output(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_permuted(self.shape, self.order, dtype=dtype, device=like.device)
+
+    def model_inputs(self, like: torch.Tensor, copies: int, dtype: torch.dtype) -> torch.Tensor:
+        """[..., copies, samples of a group, sample]"""
+        at = max(self.sample_dims - 1, 0)
+        order = [d + (d >= at) for d in self.order]
+        shape = (*self.shape[:at], copies, *self.shape[at:])
+        return torch.empty_permuted(shape, (*order[:at], at, *order[at:]), dtype=dtype, device=like.device)
+
+    def arranged(self, t: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """`t`, or a copy that lies as a kernel wants it, and how far one sample is from the next."""
+        stride = self._sample_stride(t) if self._is_dense(t) else None
+        if stride is None:
+            return self.output(t, t.dtype).copy_(t), self.size
+        return t, stride
+
+    def _is_dense(self, t: torch.Tensor) -> bool:
+        expected = 1
+        for d in reversed(self.order[self.sample_dims :]):
+            if t.shape[d] != 1 and t.stride(d) != expected:
+                return False
+            expected *= t.shape[d]
+        return True
+
+    def _sample_stride(self, t: torch.Tensor) -> int | None:
+        stride = following = None
+        for d in reversed(range(self.sample_dims)):
+            if t.shape[d] == 1:
+                continue
+            if following not in (None, t.stride(d)):
+                return None
+            stride = t.stride(d) if stride is None else stride
+            following = t.stride(d) * t.shape[d]
+        return stride or 0
+
+
+# ---- launches ----
+
+
+def _launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: Any) -> None:
+    with common.on_device_of(on):
+        kernel[(programs,)](*args, **options)
+
+
+class _Call:
+    """What both directions of a step have in common."""
+
+    def __init__(
+        self, name: str, x: torch.Tensor, model_dtype: torch.dtype, table: torch.Tensor, step: MaybeTensor,
+        guidance: MaybeTensor, key: MaybeTensor, adjust: MaybeTensor, row: int, guidance_scale: float,
+        low: float, high: float, copies: int, sample_dims: int,
+    ) -> None:  # fmt: skip
+        _check_operand(name, "x", x, x, *DTYPES)
+        _check_operand(name, "output", x.new_empty(0, dtype=model_dtype), x.new_empty(0), *_model_dtypes(x.dtype))
+        self.name, self.x, self.layout = name, x, _Layout(name, x, sample_dims, logical=key is not None)
+        is_table = table.dim() == 2 and table.shape[1] == len(COLUMNS) and table.shape[0] > 0
+        _require(
+            is_table and table.is_contiguous() and table.dtype == torch.float64 and table.device == x.device,
+            name,
+            f"table must be torch.float64 [rows, {len(COLUMNS)}], contiguous, on {x.device}",
+            f"{table.dtype} {list(table.shape)} on {table.device}",
+        )
+        _require(copies >= 0, name, "copies must be >= 0", copies)
+        samples = self.layout.samples
+        self.step = _Numbers.of(name, "step", step, x, samples, torch.int64)
+        self.guidance = _Numbers.of(name, "guidance", guidance, x, samples, torch.float64)
+        self.key = _Numbers.of(name, "key", key, x, samples, torch.int64)
+        self.adjust = _Numbers.of(name, "adjust", adjust, x, samples, torch.float64, 2)
+        self.table, self.copies = table, copies
+        self.scalars = row, float(guidance_scale), float(low), float(high)
+        self.strides: list[int] = []
+
+    def arranged(self, tensors: Sequence[MaybeTensor]) -> list[MaybeTensor]:
+        """As a kernel wants them; where each sample begins is in `strides`."""
+        pairs = [(None, self.layout.size) if t is None else self.layout.arranged(t) for t in tensors]
+        self.strides += [stride for _, stride in pairs]
+        return [t for t, _ in pairs]
+
+    def launch(self, kernel: Any, tensors: Sequence[MaybeTensor], numbers: Sequence[_Numbers], **constants: Any) -> None:
+        samples, size, group = self.layout.samples, self.layout.size, self.layout.group
+        # Samples that are treated alike and lie one behind the other are one.
+        alike = all(n.count == 1 for n in numbers) and self.key.tensor is None
+        if alike and (group == samples or self.copies <= 1) and all(stride == size for stride in self.strides):
+            samples, size, group = 1, samples * size, 1
+        _run(
+            kernel, self.x, (samples, size), self.key.tensor is not None,
+            *tensors, tuple(self.strides), self.table, *(n.tensor for n in numbers),
+            self.table.shape[0], *(n.count for n in numbers), *self.scalars, self.copies, group,
+            WORK=tl.float64 if self.x.dtype in (torch.float32, torch.float64) else tl.float32,
+            **constants,
+        )  # fmt: skip
+
+
+def _run(kernel: Any, on: torch.Tensor, elements: tuple[int, int], draws: bool, *args: Any, **constants: Any) -> None:
+    """elements: samples, and those of a sample."""
+    samples, size = elements
+    lanes = max(min(ELEMENTS, triton.next_power_of_2(size)), NOISE_GROUP if draws else 1)
+    blocks = triton.cdiv(size, lanes)
+    segments = max(1, min(ELEMENTS // lanes, triton.next_power_of_2(samples * blocks)))
+    _launch(
+        kernel,
+        triton.cdiv(samples * blocks, segments),
+        on,
+        *args,
+        samples,
+        size,
+        blocks,
+        **constants,
+        SEGMENTS=segments,
+        LANES=lanes,
+        num_warps=max(1, min(4, segments * lanes // 128)),
+        enable_fp_fusion=False,
+    )
+
+
+def sampler_step(
+    x, output, unconditional, variance, h1, h2, h3, last, noise,
+    table, step, guidance, key, state, adjust,
+    row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims,
+):  # fmt: skip
+    name = "sampler_step"
+    common.check_device(x, kernels.sampler_step)
+    _check_noise(name, state, noise=noise, key=key)
+    of = _Call(
+        name, x, output.dtype, table, step, guidance, key, adjust, row, guidance_scale, low, high, copies, sample_dims
+    )
+    names = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
+    given = (x, output, unconditional, variance, h1, h2, h3, last, noise)
+    for k, (what, t) in enumerate(zip(names, given, strict=True)):
+        _check_operand(name, what, t, x, output.dtype if _is_of_model(k) else x.dtype)
+    wanted = (True, denoised, keeps, last is not None)
+    outputs = [of.layout.output(x, x.dtype) if w else None for w in wanted]
+    outputs.append(of.layout.model_inputs(x, copies, output.dtype) if copies else None)
+    if x.numel():
+        of.launch(
+            kernels.sampler_step,
+            [*of.arranged(given), *outputs],
+            (of.step, of.guidance, of.key, of.adjust),
+            CLIPS=clips(low, high) or adjust is not None,
+        )
+    return tuple(
+        x.new_empty(0, dtype=output.dtype if k == 4 else x.dtype) if t is None else t for k, t in enumerate(outputs)
+    )
+
+
+def _is_of_model(place: int) -> bool:
+    """Of a step's inputs: in the dtype of the model's output."""
+    return place in (OUTPUT, UNCONDITIONAL, VARIANCE)
+
+
+def sampler_step_backward(
+    grad_next, grad_denoised, grad_kept, grad_corrected, grad_model_input, x, output, unconditional, variance, noise,
+    table, step, guidance, key, state,
+    row, guidance_scale, low, high, offset, guided, denoised, keeps, corrects, copies, wanted, sample_dims,
+):  # fmt: skip
+    name, dtype, model_dtype = "sampler_step_backward", grad_next.dtype, grad_model_input.dtype
+    common.check_device(grad_next, kernels.sampler_step_backward)
+    _check_noise(name, state, noise=noise, key=key)
+    of = _Call(
+        name, grad_next, model_dtype, table, step, guidance, key, None,
+        row, guidance_scale, low, high, copies, sample_dims,
+    )  # fmt: skip
+    wants = [bool(wanted >> k & 1) for k in range(INPUTS)]
+    clipping = clips(low, high)
+    known = x is not None and output is not None and (unconditional is not None) == guided
+    _require(known or not clipping, name, "a clip needs x, output and unconditional", "None")
+    learned = wants[VARIANCE] or (variance is not None and wants[NOISE])
+    known = variance is not None and (noise is not None or key is not None)
+    _require(known or not learned, name, "a learned variance needs variance and noise", "None")
+    kinds = {
+        "grad_next": (grad_next, dtype),
+        "grad_denoised": (grad_denoised if denoised else None, dtype),
+        "grad_kept": (grad_kept if keeps else None, dtype),
+        "grad_corrected": (grad_corrected if corrects else None, dtype),
+        "x": (x, dtype),
+        "output": (output, model_dtype),
+        "unconditional": (unconditional, model_dtype),
+        "variance": (variance, model_dtype),
+        "noise": (noise, dtype),
+    }
+    for what, (t, kind) in kinds.items():
+        _check_operand(name, what, t, grad_next, kind)
+    made = [
+        of.layout.output(grad_next, model_dtype if _is_of_model(k) else dtype) if wants[k] else None
+        for k in range(INPUTS)
+    ]
+    if copies:
+        laid = of.layout.model_inputs(grad_next, copies, model_dtype)
+        _check_operand(name, "grad_model_input", grad_model_input, laid, model_dtype)
+        same = laid.stride() == grad_model_input.stride()
+        of_model_input = grad_model_input if same else laid.copy_(grad_model_input)
+    else:
+        of_model_input = None
+    if grad_next.numel():
+        read = [t for t, _ in kinds.values()]
+        if not clipping:
+            read[4:7] = None, None, None
+        read = of.arranged(read)
+        of.launch(
+            kernels.sampler_step_backward,
+            [*read[:4], of_model_input, *read[4:], *made],
+            (of.step, of.guidance, of.key),
+            GUIDED=guided,
+            CORRECTS=corrects,
+            CLIPS=clipping,
+        )
+    return tuple(
+        grad_next.new_empty(0, dtype=model_dtype if _is_of_model(k) else dtype) if t is None else t
+        for k, t in enumerate(made)
+    )
+
+
+def sampler_noise(like, key, state, draw, offset, sample_dims):
+    name = "sampler_noise"
+    common.check_device(like, kernels.sampler_noise)
+    _check_noise(name, state)
+    _require(key is not None, name, "needs a key", "None")
+    _check_operand(name, "like", like, like, *DTYPES)
+    layout = _Layout(name, like, sample_dims, logical=True)
+    keys = _Numbers.of(name, "key", key, like, layout.samples, torch.int64)
+    out = layout.output(like, like.dtype)
+    if out.numel():
+        _run(kernels.sampler_noise, out, (layout.samples, layout.size), True, out, *keys, draw)
+    return out
