@@ -30,14 +30,21 @@ def _of_samples(numbers, count, sample, otherwise):
 
 
 @triton.jit
-def _coefficients(table, row, rows):
-    """In the order of the table's columns, in float64; NaN where there is no such row."""
+def _coefficients(table, row, rows, FOLDS: tl.constexpr):
+    """In the order of the table's columns, in float64; NaN where there is no such row.
+
+    With FOLDS the denoised sample is a sum of x and m like the rest: one rounding less.
+    """
     exists = (row >= 0) & (row < rows)
     at = table + tl.where(exists, row, 0) * 19
     found = ()
     for column in tl.static_range(19):
         found = found + (tl.load(at + column, mask=exists, other=float("nan")),)
-    return found
+    if FOLDS:
+        p, q, d = found[0], found[1], found[4]
+        return (p, q, found[2] + d * p, found[3] + d * q, tl.zeros_like(d)) + found[5:]
+    else:
+        return found
 
 
 @triton.jit
@@ -100,9 +107,7 @@ def _normal_pair(x, y):
         square, (-75.40755462646484, 81.59268951416016, -41.3416633605957, -1.9519183069860446e-07)
     )
     sine = tl.fma(turn, tl.full((), 6.28318548, tl.float32), turn * odd_powers)
-    cosine = _polynomial(
-        square, (58.69950485229492, -85.42615509033203, 64.93915557861328, -19.739208221435547, 1.0)
-    )
+    cosine = _polynomial(square, (58.69950485229492, -85.42615509033203, 64.93915557861328, -19.739208221435547, 1.0))
     swaps = (rounded & 0x40000000) != 0
     even = tl.where(swaps, sine, cosine)
     odd = tl.where(swaps, cosine, sine)
@@ -214,6 +219,7 @@ def sampler_step(
     sample_size,
     blocks,
     CLIPS: tl.constexpr,
+    FOLDS: tl.constexpr,
     WORK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -223,12 +229,7 @@ def sampler_step(
     (
         p, q, by_x, by_m, by_d, by_h1, by_h2, by_h3, z, keep_x, keep_m, keep_d,
         last_x, last_d, last_h1, last_h2, log_small, log_large, input_scale,
-    ) = _coefficients(table, row, rows)  # fmt: skip
-    if not CLIPS:
-        if last is None:  # the denoised sample is a sum of x and m like the rest: one rounding less
-            by_x += by_d * p
-            by_m += by_d * q
-            by_d = tl.zeros_like(by_d)
+    ) = _coefficients(table, row, rows, FOLDS)  # fmt: skip
     guidance_scale = _of_samples(guidance, guidances, sample, tl.full((), guidance_scale, tl.float64)).to(WORK)
     low, high = tl.full((), low, tl.float64), tl.full((), high, tl.float64)
 
@@ -328,6 +329,7 @@ def sampler_step_backward(
     GUIDED: tl.constexpr,
     CORRECTS: tl.constexpr,
     CLIPS: tl.constexpr,
+    FOLDS: tl.constexpr,
     WORK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -338,7 +340,7 @@ def sampler_step_backward(
     (
         p, q, by_x, by_m, by_d, by_h1, by_h2, by_h3, z, keep_x, keep_m, keep_d,
         last_x, last_d, last_h1, last_h2, log_small, log_large, input_scale,
-    ) = _coefficients(table, row, rows)  # fmt: skip
+    ) = _coefficients(table, row, rows, FOLDS)  # fmt: skip
     guidance_scale = _of_samples(guidance, guidances, sample, tl.full((), guidance_scale, tl.float64)).to(WORK)
     low, high = tl.full((), low, WORK), tl.full((), high, WORK)
 

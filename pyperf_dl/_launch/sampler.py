@@ -178,7 +178,9 @@ class _Call:
         self.strides += [stride for _, stride in pairs]
         return [t for t, _ in pairs]
 
-    def launch(self, kernel: Any, tensors: Sequence[MaybeTensor], numbers: Sequence[_Numbers], **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, tensors: Sequence[MaybeTensor], numbers: Sequence[_Numbers], **constants: Any
+    ) -> None:
         samples, size, group = self.layout.samples, self.layout.size, self.layout.group
         # Samples that are treated alike and lie one behind the other are one.
         alike = all(n.count == 1 for n in numbers) and self.key.tensor is None
@@ -230,6 +232,7 @@ def sampler_step(
     given = (x, output, unconditional, variance, h1, h2, h3, last, noise)
     for k, (what, t) in enumerate(zip(names, given, strict=True)):
         _check_operand(name, what, t, x, output.dtype if _is_of_model(k) else x.dtype)
+    clipping = clips(low, high) or adjust is not None
     wanted = (True, denoised, keeps, last is not None)
     outputs = [of.layout.output(x, x.dtype) if w else None for w in wanted]
     outputs.append(of.layout.model_inputs(x, copies, output.dtype) if copies else None)
@@ -238,7 +241,8 @@ def sampler_step(
             kernels.sampler_step,
             [*of.arranged(given), *outputs],
             (of.step, of.guidance, of.key, of.adjust),
-            CLIPS=clips(low, high) or adjust is not None,
+            CLIPS=clipping,
+            FOLDS=not clipping and last is None,
         )
     return tuple(
         x.new_empty(0, dtype=output.dtype if k == 4 else x.dtype) if t is None else t for k, t in enumerate(outputs)
@@ -305,6 +309,7 @@ def sampler_step_backward(
             GUIDED=guided,
             CORRECTS=corrects,
             CLIPS=clipping,
+            FOLDS=not clipping and not corrects,
         )
     return tuple(
         grad_next.new_empty(0, dtype=model_dtype if _is_of_model(k) else dtype) if t is None else t
