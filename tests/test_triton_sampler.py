@@ -1,4 +1,4 @@
-"""The Triton kernels of samplers, against plain PyTorch in float64 and the CPU's; see test_triton.py for where this runs.
+"""The Triton kernels of samplers, against plain PyTorch in float64 and the CPU's; test_triton.py says where this runs.
 
 Triton's interpreter cuts off the bits that bfloat16 has no place for, where a GPU rounds.
 """
@@ -266,8 +266,8 @@ def layouts():
 def test_layouts(launcher, layout):
     """Of x, and of an operand; of the outputs, as those of the CPU are."""
     x = layouts()[layout]
-    options = [{"copies": 2, "keeps": True, "denoised": True}, {"noise": "one key", "copies": 2}, {"noise": "given"}]
-    for sample_dims, option in itertools.product((0, 1, 2, 4), options):
+    options = [{"copies": 2, "keeps": True, "noise": "given"}, {"noise": "one key"}]
+    for sample_dims, option in itertools.product((0, 1, 2), options):
         call = step_call(x, torch.float32, **option, sample_dims=sample_dims)
         checks = [call, {**call, "output": x.flip(-1)}, {**call, "x": x.contiguous(), "output": x}]
         for c in checks:
@@ -279,7 +279,7 @@ def test_layouts(launcher, layout):
                 ]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_calls(launcher, monkeypatch, seed):
     choose = random.Random(seed)
     monkeypatch.setattr(launcher, "ELEMENTS", choose.choice((4, 32, 1024)))
@@ -488,14 +488,18 @@ def _compile_for(target):
         print(kernel.__name__)
 
     launcher._launch, launcher.common.check_device = compiled, lambda t, kernel: None
-    for k, dtype in enumerate(ULP):
+    options = {name: v for name, v in FORMS["all"].items() if name != "adjust"}
+    for dtype, model_dtype, form in (
+        (torch.float16, torch.float16, "plain"),
+        (torch.bfloat16, torch.bfloat16, "learned variance, keys"),
+        (torch.float32, torch.bfloat16, "all"),
+        (torch.float64, torch.float64, "corrected"),
+    ):
         x = torch.zeros(4, 5, 300, dtype=dtype)
-        model_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-        for form in ("plain", "learned variance, keys", "all") if k % 2 else ("corrected", "noise", "adjusted"):
-            launcher.sampler_step(*step_call(x, model_dtype, **FORMS[form]).values())
-        launcher.sampler_noise(x, torch.tensor([1]), None, -1, 0, 1)
-        options = {name: v for name, v in FORMS["all"].items() if name != "adjust"}
-        launcher.sampler_step_backward(*backward_call(x, model_dtype, options).values())
+        launcher.sampler_step(*step_call(x, model_dtype, **FORMS[form]).values())
+        if dtype in (torch.bfloat16, torch.float64):
+            launcher.sampler_noise(x, torch.tensor([1]), None, -1, 0, 1)
+            launcher.sampler_step_backward(*backward_call(x, model_dtype, options).values())
     # A row and a draw are no part of what is compiled.
     found.clear()
     for row in (0, 1, 16, 2**40):

@@ -39,10 +39,11 @@ def _coefficients(table, row, rows, FOLDS: tl.constexpr):
     at = table + tl.where(exists, row, 0) * 19
     found = ()
     for column in tl.static_range(19):
-        found = found + (tl.load(at + column, mask=exists, other=float("nan")),)
+        found += (tl.load(at + column, mask=exists, other=float("nan")),)
     if FOLDS:
         p, q, d = found[0], found[1], found[4]
-        return (p, q, found[2] + d * p, found[3] + d * q, tl.zeros_like(d)) + found[5:]
+        folded = (p, q, found[2] + d * p, found[3] + d * q, tl.zeros_like(d))
+        return folded + found[5:]
     else:
         return found
 

@@ -53,10 +53,6 @@ def _check_noise(name: str, state: MaybeTensor, **sources: MaybeTensor) -> None:
     _require(len(given) <= 1, name, f"{' and '.join(sources)} exclude each other", "both")
 
 
-def _model_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    return (torch.float32, *HALF_DTYPES) if dtype == torch.float32 else (dtype,)
-
-
 class _Numbers(NamedTuple):
     """Of samples: a tensor, and of how many samples; None, 1 for what is the same for all."""
 
@@ -153,7 +149,8 @@ class _Call:
         low: float, high: float, copies: int, sample_dims: int,
     ) -> None:  # fmt: skip
         _check_operand(name, "x", x, x, *DTYPES)
-        _check_operand(name, "output", x.new_empty(0, dtype=model_dtype), x.new_empty(0), *_model_dtypes(x.dtype))
+        models = (torch.float32, *HALF_DTYPES) if x.dtype == torch.float32 else (x.dtype,)
+        _require(model_dtype in models, name, f"output must be {' or '.join(map(str, models))}", model_dtype)
         self.name, self.x, self.layout = name, x, _Layout(name, x, sample_dims, logical=key is not None)
         is_table = table.dim() == 2 and table.shape[1] == len(COLUMNS) and table.shape[0] > 0
         _require(
