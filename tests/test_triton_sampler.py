@@ -3,6 +3,7 @@
 Triton's interpreter cuts off the bits that bfloat16 has no place for, where a GPU rounds.
 """
 
+import importlib
 import itertools
 import random
 import subprocess
@@ -63,6 +64,11 @@ def launcher():
 def small_programs(launcher, monkeypatch):
     """Few elements then take several programs."""
     monkeypatch.setattr(launcher, "ELEMENTS", 16)
+
+
+def rounds_once():
+    """Older interpreters multiply and then add: bits are not those of the CPU then."""
+    return not INTERPRETED or hasattr(importlib.import_module("triton._C.libtriton").interpreter, "fma_fp32")
 
 
 def numbers(*shape, seed=0, dtype=torch.float32, size=1.0):
@@ -171,7 +177,7 @@ def check(launcher, name, call, like, outputs):
         if a.numel():
             assert a.stride() == b.stride(), what
         cut = INTERPRETED and a.dtype == torch.bfloat16
-        if call["variance"] is None and not cut:  # the exponential is another one
+        if rounds_once() and call["variance"] is None and not cut:  # the exponential is another one
             torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True, msg=what)
     return got
 
@@ -320,10 +326,10 @@ def test_noise_is_that_of_the_cpu(launcher, dtype, draw):
         wanted = torch.ops.pyperf_dl.sampler_noise(x, keys, None, draw, 0, 1)
         assert got.dtype == dtype
         assert got.is_contiguous()
-        if dtype == torch.float16:
+        if INTERPRETED and rounds_once():
             assert torch.equal(got.cpu(), wanted)
-        else:
-            assert ((got.cpu() - wanted).abs() <= 2 * ULP[torch.float32] * wanted.abs()).all()
+        apart = 2 * ULP[torch.float32] + (ULP[dtype] if dtype == torch.float16 else 0)
+        assert ((got.cpu().double() - wanted.double()).abs() <= apart * wanted.double().abs()).all()
 
 
 def test_noise_is_that_of_plain_pytorch(launcher):

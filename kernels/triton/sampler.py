@@ -214,13 +214,13 @@ def sampler_step(
     guidance_scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
-    copies,
     group,
     samples,
     sample_size,
     blocks,
     CLIPS: tl.constexpr,
     FOLDS: tl.constexpr,
+    COPIES: tl.constexpr,
     WORK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -284,8 +284,8 @@ def sampler_step(
     _store(after, total, to, exists)
     if model_input is not None:
         total *= input_scale.to(WORK)
-        for copy in range(copies):
-            _store(model_input, total, _model_input_at(sample, copy, copies, group, sample_size) + element, exists)
+        for copy in tl.static_range(COPIES):
+            _store(model_input, total, _model_input_at(sample, copy, COPIES, group, sample_size) + element, exists)
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -322,7 +322,6 @@ def sampler_step_backward(
     guidance_scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
-    copies,
     group,
     samples,
     sample_size,
@@ -331,6 +330,7 @@ def sampler_step_backward(
     CORRECTS: tl.constexpr,
     CLIPS: tl.constexpr,
     FOLDS: tl.constexpr,
+    COPIES: tl.constexpr,
     WORK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -348,8 +348,8 @@ def sampler_step_backward(
     of_after = _load(grad_after, sample * strides[0] + element, exists, WORK)
     if grad_model_input is not None:
         total = tl.zeros_like(of_after)
-        for copy in range(copies):
-            at = _model_input_at(sample, copy, copies, group, sample_size) + element
+        for copy in tl.static_range(COPIES):
+            at = _model_input_at(sample, copy, COPIES, group, sample_size) + element
             total += _load(grad_model_input, at, exists, WORK)
         of_after = tl.fma(input_scale.to(WORK), total, of_after)
     of_kept = tl.zeros_like(of_after)

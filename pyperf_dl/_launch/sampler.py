@@ -186,7 +186,8 @@ class _Call:
         _run(
             kernel, self.x, (samples, size), self.key.tensor is not None,
             *tensors, tuple(self.strides), self.table, *(n.tensor for n in numbers),
-            self.table.shape[0], *(n.count for n in numbers), *self.scalars, self.copies, group,
+            self.table.shape[0], *(n.count for n in numbers), *self.scalars, group,
+            COPIES=self.copies,
             WORK=tl.float64 if self.x.dtype in (torch.float32, torch.float64) else tl.float32,
             **constants,
         )  # fmt: skip
