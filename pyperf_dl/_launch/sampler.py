@@ -151,7 +151,7 @@ class _Call:
         _check_operand(name, "x", x, x, *DTYPES)
         models = (torch.float32, *HALF_DTYPES) if x.dtype == torch.float32 else (x.dtype,)
         _require(model_dtype in models, name, f"output must be {' or '.join(map(str, models))}", model_dtype)
-        self.name, self.x, self.layout = name, x, _Layout(name, x, sample_dims, logical=key is not None)
+        self.x, self.layout = x, _Layout(name, x, sample_dims, logical=key is not None)
         is_table = table.dim() == 2 and table.shape[1] == len(COLUMNS) and table.shape[0] > 0
         _require(
             is_table and table.is_contiguous() and table.dtype == torch.float64 and table.device == x.device,
