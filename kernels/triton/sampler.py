@@ -240,7 +240,7 @@ def sampler_step(
     if adjust is not None:
         m *= tl.load(adjust + sample % adjusts * 2).to(WORK)
         bound = tl.load(adjust + sample % adjusts * 2 + 1)
-        bounded = bound < float("inf")
+        bounded = bound != float("inf")  # NaN is a bound
         low, high = tl.where(bounded, -bound, low), tl.where(bounded, bound, high)
     d = tl.fma(p.to(WORK), u, m * q.to(WORK))
     if CLIPS:
