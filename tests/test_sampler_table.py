@@ -254,7 +254,7 @@ def test_flows():
     assert_same(by_rows(table.flow_stochastic(levels), levels), loop(levels, stochastic, "flow"))
 
 
-def test_consistency():
+def test_latent_consistency():
     levels = preserving(4)
     scalings = [(0.25 / (s * s + 0.25), s / math.sqrt(s * s + 0.25)) for s in (9.0, 6.0, 2.0, 0.4)]
 
@@ -262,4 +262,4 @@ def test_consistency():
         last = i == len(scalings) - 1
         return sampler.consistency(x, d, *scalings[i], levels[i + 1], None if last else noise)
 
-    assert_same(by_rows(table.consistency(levels, scalings), levels), loop(levels, step))
+    assert_same(by_rows(table.latent_consistency(levels, scalings), levels), loop(levels, step))
