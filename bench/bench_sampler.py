@@ -6,13 +6,14 @@ Each case is a step in the middle of a loop of 20. Peers compute guidance in PyT
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import harness
 import pytest
 import torch
-from harness import Case, Peer, optional, pyperf_dl, tensor_bytes
+from harness import Case, Peer, optional, pyperf_dl
 
 FAMILY = "sampler"
 STEPS, ROW, SCALE, SEED = 20, 10, 7.5, 3
@@ -20,38 +21,26 @@ SMALL, LATENTS, LARGE = (1, 4, 64, 64), (16, 4, 64, 64), (64, 16, 256, 256)
 
 
 class Method(NamedTuple):
-    """One sampler, here and in diffusers (class of the scheduler and its arguments)."""
+    """One sampler: here, of a schedule, and in diffusers, whose schedule it is."""
 
-    table: Callable[[], Any]
+    table: Callable[[Any], Any]
     scheduler: str
-    config: dict[str, Any] = {}
+    config: dict[str, Any]
     clip: float | None = None
 
 
-def _variance_preserving() -> Any:
-    return pyperf_dl.NoiseSchedule.from_betas(STEPS, spacing="leading", steps_offset=1)
-
-
-def _sigmas() -> Any:
-    return pyperf_dl.NoiseSchedule.from_betas(STEPS, space="sigma", sigmas="karras")
-
-
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_KARRAS = _BETAS | {"use_karras_sigmas": True}
 _Table = pyperf_dl.StepTable
 METHODS = {
-    "Euler": Method(lambda: _Table.euler(_sigmas()), "EulerDiscreteScheduler", _KARRAS),
-    "flow Euler": Method(
-        lambda: _Table.flow_euler(pyperf_dl.NoiseSchedule.flow(STEPS)), "FlowMatchEulerDiscreteScheduler"
-    ),
-    "DDIM": Method(lambda: _Table.ddim(_variance_preserving()), "DDIMScheduler", _BETAS | {"clip_sample": True}, 1.0),
-    "DPM-Solver++ 2M": Method(
-        lambda: _Table.dpm_solver_pp(_variance_preserving()), "DPMSolverMultistepScheduler", _BETAS
-    ),
-    "UniPC": Method(lambda: _Table.unipc(_variance_preserving()), "UniPCMultistepScheduler", _BETAS),
-    "DDPM": Method(lambda: _Table.ddpm(_variance_preserving()), "DDPMScheduler", _BETAS | {"clip_sample": True}, 1.0),
+    "Euler": Method(_Table.euler, "EulerDiscreteScheduler", _BETAS | {"use_karras_sigmas": True}),
+    "flow Euler": Method(_Table.flow_euler, "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "DDIM": Method(_Table.ddim, "DDIMScheduler", _BETAS | {"clip_sample": True}, 1.0),
+    "DPM-Solver++ 2M": Method(_Table.dpm_solver_pp, "DPMSolverMultistepScheduler", _BETAS),
+    "UniPC": Method(_Table.unipc, "UniPCMultistepScheduler", _BETAS),
+    "Euler ancestral": Method(_Table.euler_ancestral, "EulerAncestralDiscreteScheduler", _BETAS),
+    "DDPM": Method(_Table.ddpm, "DDPMScheduler", _BETAS | {"clip_sample": True}, 1.0),
     "DPM-Solver++ 2M SDE": Method(
-        lambda: _Table.dpm_solver_pp(_variance_preserving(), eta=1.0),
+        functools.partial(_Table.dpm_solver_pp, eta=1.0),
         "DPMSolverMultistepScheduler",
         _BETAS | {"algorithm_type": "sde-dpmsolver++"},
     ),
@@ -73,7 +62,9 @@ class Spec(NamedTuple):
 
 @functools.cache
 def table_of(name: str) -> Any:
-    return METHODS[name].table()
+    method = METHODS[name]
+    config = method.config | {"_class_name": method.scheduler}
+    return method.table(pyperf_dl.NoiseSchedule.from_diffusers(config, STEPS))
 
 
 def inputs_of(spec: Spec) -> Callable[[torch.Generator], Any]:
@@ -123,7 +114,7 @@ def run(spec: Spec, inputs: Any) -> Any:
 def error(spec: Spec, inputs: Any, outputs: Any, whole: bool) -> float:
     """Of the sample, against the reference in float64 with the same noise."""
     table = table_of(spec.name)
-    x, cond, uncond, *history = (t.detach().double() for t in inputs[: 3 + len(inputs) - 3 - spec.gradient])
+    x, cond, uncond, *history = (t.detach().double() for t in inputs[: len(inputs) - spec.gradient])
     how: dict[str, Any] = {}
     if table.noisy[ROW]:
         if spec.noise == "generator":
@@ -142,60 +133,88 @@ def error(spec: Spec, inputs: Any, outputs: Any, whole: bool) -> float:
 # ---- peers ----
 
 
-def scheduler_of(spec: Spec) -> Any:
-    """diffusers', as it is before the step; its history is put there in each call."""
+class Prepared(NamedTuple):
+    scheduler: Any
+    timestep: Any
+    inputs: Any
+    history: list[Any]  # the oldest first, as diffusers has it
+    takes_generator: bool
+
+
+def prepared(spec: Spec, inputs: Any) -> Prepared:
+    """diffusers' scheduler in the middle of its loop."""
     scheduler = getattr(optional("diffusers"), spec.method.scheduler)(**spec.method.config)
     scheduler.set_timesteps(STEPS, device=spec.device)
-    return scheduler
+    scheduler.is_scale_input_called = True
+    table = table_of(spec.name)
+    history = list(inputs[3 : 3 + table.history[ROW]])[::-1]
+    takes = table.noisy[ROW] and "generator" in inspect.signature(scheduler.step).parameters
+    if hasattr(scheduler, "last_sample"):
+        scheduler.last_sample = inputs[-1] if table.corrects[ROW] else None
+        scheduler.this_order = 2
+    return Prepared(scheduler, scheduler.timesteps[ROW], inputs[:3], history, takes)
 
 
-def diffusers_step(spec: Spec, prepared: Any) -> Any:
-    scheduler, timestep, takes_generator, x, cond, uncond, history = prepared
+def diffusers_step(spec: Spec, to: Prepared) -> Any:
+    scheduler, (x, cond, uncond) = to.scheduler, to.inputs
     scheduler._step_index = ROW
-    if hasattr(scheduler, "model_outputs"):
-        scheduler.model_outputs = (
-            [*history[::-1], None] if False else [None, *history[::-1]][-len(scheduler.model_outputs) :]
-        )
-        scheduler.lower_order_nums = 2
-        scheduler.last_sample, scheduler.this_order = x, 2
+    if to.history:
+        scheduler.model_outputs, scheduler.lower_order_nums = ([None, *to.history])[-2:], 2
+    how = {"generator": generator_of(spec.device).manual_seed(SEED)} if to.takes_generator else {}
     with torch.no_grad():
-        output = uncond + SCALE * (cond - uncond)
-        how = {"generator": generator_of(spec.device).manual_seed(SEED)} if takes_generator else {}
-        return scheduler.step(output, timestep, x, **how).prev_sample
+        made = scheduler.step(uncond + SCALE * (cond - uncond), to.timestep, x, **how).prev_sample
+    return made
 
 
-def peers_of(spec: Spec) -> dict[str, Peer]:
+def agrees(spec: Spec, inputs: Any, made: Any, theirs: Any) -> bool:
+    bound = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.5}[spec.dtype]
+    return theirs.shape == made[0].shape and harness.max_difference(made[0].float(), theirs.float()) <= bound
+
+
+def eager_formula(x: Any, cond: Any, uncond: Any, of_x: Any, of_d: Any, p: Any, q: Any) -> Any:
+    m = uncond + SCALE * (cond - uncond)
+    return of_x * x + of_d * (p * x + q * m)
+
+
+def compiled_step(spec: Spec, to: Any) -> Any:
+    """What a user would write for one sampler, and torch.compile makes of it."""
+    with torch.no_grad():
+        return to[0](*to[1])
+
+
+def peers_of(spec: Spec, full: bool) -> dict[str, Peer]:
     if spec.gradient or spec.noise == "key" or optional("diffusers") is None:
         return {}
-    import inspect
+    same = functools.partial(agrees, spec)
+    found = {
+        "diffusers": Peer(
+            functools.partial(diffusers_step, spec), prepare=functools.partial(prepared, spec), agrees=same
+        )
+    }
+    if spec.name == "Euler" and full:
 
-    def prepare(inputs: Any) -> Any:
-        x, cond, uncond, *history = inputs
-        scheduler = scheduler_of(spec)
-        takes = "generator" in inspect.signature(scheduler.step).parameters and table_of(spec.name).noisy[ROW]
-        return scheduler, scheduler.timesteps[ROW], takes, x, cond, uncond, history
+        def prepare(inputs: Any) -> Any:
+            p, q, of_x, _, of_d = table_of(spec.name).coefficients[ROW, :5].tolist()
+            return torch.compile(eager_formula, dynamic=False), (*inputs[:3], of_x, of_d, p, q)
 
-    def agrees(inputs: Any, made: Any, theirs: Any) -> bool:
-        bound = 0.05 if spec.dtype.itemsize == 2 else 1e-3
-        return theirs.shape == made[0].shape and harness.max_difference(made[0].float(), theirs.float()) <= bound * 20
-
-    return {"diffusers": Peer(functools.partial(diffusers_step, spec), prepare=prepare, agrees=agrees)}
+        found["compiled"] = Peer(functools.partial(compiled_step, spec), prepare=prepare, agrees=same, compiles=True)
+    return found
 
 
-def case(spec: Spec, suffix: str = "") -> Case:
+def case(spec: Spec, full: bool) -> Case:
     size = "x".join(map(str, spec.shape))
+    what = ", forward + backward" if spec.gradient else ", noise of keys" if spec.noise == "key" else ""
     return Case(
         FAMILY,
         "sampler_step",
-        f"{spec.name}{suffix}, {size}",
+        f"{spec.name}{what}, {size}",
         spec.dtype,
         spec.device,
         make=inputs_of(spec),
         ours=functools.partial(run, spec),
         error=functools.partial(error, spec),
-        moved=lambda inputs, outputs: tensor_bytes(inputs, outputs),
-        peers=peers_of(spec),
-        tolerance={torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.5}[spec.dtype],
+        peers=peers_of(spec, full),
+        tolerance={torch.float32: 1e-5, torch.float16: 0.05, torch.bfloat16: 0.3}[spec.dtype],
         params={"sampler": spec.name, "shape": list(spec.shape)},
         cold=spec.shape != SMALL,
     )
@@ -203,4 +222,24 @@ def case(spec: Spec, suffix: str = "") -> Case:
 
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device."""
-    return [case(Spec(name, LATENTS, torch.float32, device)) for name in METHODS]
+    large = LARGE if device == "cuda" else LATENTS
+    every = [Spec(name, large, dtype, device) for dtype in (torch.float32, torch.bfloat16) for name in METHODS]
+    some = ("Euler", "flow Euler", "DPM-Solver++ 2M", "UniPC", "DDPM")
+    every += [Spec(name, SMALL, torch.float32, device) for name in (METHODS if full else some)]
+    every += [Spec("DDPM", large, dtype, device, noise="key") for dtype in (torch.float32, torch.bfloat16)]
+    every.append(Spec("DDIM", large, torch.float32, device, gradient=True))
+    if not full:
+        left_out = ("Euler ancestral", "DPM-Solver++ 2M SDE")
+        every = [s for s in every if s.name not in left_out or s.dtype == torch.float32]
+    return [case(spec, full) for spec in every]
+
+
+# ---- pytest ----
+
+_DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.mark.parametrize("case", [c for d in _DEVICES for c in cases(d, False)], ids=lambda c: f"{c.device}: {c.title}")
+def test_sampler(case: Case, benchmark: Any) -> None:
+    """Right first, then timed."""
+    harness.in_pytest(case, benchmark)
