@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from . import _checks
-from ._sampler_papers import Level
 from ._sampler_schedules import (
     BETAS,
     TINY_PRODUCT,
@@ -23,6 +22,7 @@ from ._sampler_schedules import (
     spaced,
     training_sigmas,
 )
+from .reference.sampler import Level
 
 Config = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _sampler_linear as linear
 from ._autograd import Operator, pushed_forward
+from .reference import _sampler_linear as linear
 
 _TENSORS = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
 _OF_MODEL = (1, 2, 3)  # which of them have the dtype of the model

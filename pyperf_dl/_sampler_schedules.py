@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from . import _checks
-from ._sampler_papers import Level
+from .reference.sampler import Level
 
 SPACES = ("variance_preserving", "sigma", "flow")
 BETAS = ("linear", "scaled_linear", "cosine")

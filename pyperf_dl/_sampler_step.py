@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks
-from . import _sampler_linear as linear
 from . import _sampler_operators as operators
 from ._autograd import _are_functorch_transforms_active, is_differentiated
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
 from ._sampler_step_table import StepTable
+from .reference import _sampler_linear as linear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)

@@ -12,9 +12,9 @@ import torch
 
 from . import _checks
 from . import _sampler_table as table
-from ._sampler_papers import Level
 from ._sampler_schedules import SPACES, NoiseSchedule
 from ._sampler_table import Prediction, Row
+from .reference.sampler import Level
 
 
 class StepTable:

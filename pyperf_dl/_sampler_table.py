@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ._sampler_papers import PREDICTIONS, Level, ancestral_levels, ddim_deviation, ddpm_variances
+from .reference.sampler import PREDICTIONS, Level, ancestral_levels, ddim_deviation, ddpm_variances
 
 
 class Row(NamedTuple):
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 def prediction_weights(now: Level, prediction: str) -> tuple[float, float]:
-    """(p, q) of the denoised sample p x + q m; see denoised in _sampler_papers.py."""
+    """(p, q) of the denoised sample p x + q m; see denoised in reference/sampler.py."""
     alpha, sigma = now
     if prediction == "epsilon":
         return 1 / alpha, -sigma / alpha

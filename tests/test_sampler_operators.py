@@ -16,8 +16,8 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.library import opcheck
 
 from pyperf_dl import _backend
-from pyperf_dl import _sampler_linear as linear
 from pyperf_dl import _sampler_operators as operators
+from pyperf_dl.reference import _sampler_linear as linear
 
 ops = torch.ops.pyperf_dl
 INF = math.inf

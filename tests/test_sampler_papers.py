@@ -1,4 +1,4 @@
-"""pyperf_dl._sampler_papers beside the steps of diffusers, both in float64."""
+"""pyperf_dl.reference.sampler beside the steps of diffusers, both in float64."""
 
 import importlib
 import math
@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 import diffusers
 
-from pyperf_dl import _sampler_papers as sampler
-from pyperf_dl._sampler_papers import Level
+from pyperf_dl.reference import sampler
+from pyperf_dl.reference.sampler import Level
 
 STEPS = 8
 ROUNDED = 1e-6  # of peers that round the sample, or a coefficient, to float32

@@ -8,7 +8,7 @@ import torch
 
 import pyperf_dl
 from pyperf_dl import BrownianNoise, NoiseSchedule, Sampler, StepTable, per_sample_noise, sampler_step
-from pyperf_dl import _sampler_linear as linear
+from pyperf_dl.reference import _sampler_linear as linear
 
 VP = NoiseSchedule.from_betas(10, spacing="trailing")
 SIGMA = NoiseSchedule.from_betas(10, space="sigma", sigmas="karras")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from peer_schedulers import peer
 
-from pyperf_dl import _sampler_linear, _sampler_table
-from pyperf_dl import _sampler_papers as sampler
-from pyperf_dl._sampler_papers import Level
+from pyperf_dl import _sampler_table
 from pyperf_dl._sampler_schedules import NoiseSchedule
 from pyperf_dl._sampler_step_table import StepTable
+from pyperf_dl.reference import _sampler_linear, sampler
+from pyperf_dl.reference.sampler import Level
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the peer's
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from pyperf_dl import _sampler_papers as sampler
 from pyperf_dl import _sampler_table as table
-from pyperf_dl._sampler_papers import Level
+from pyperf_dl.reference import sampler
+from pyperf_dl.reference.sampler import Level
 
 SHAPE = (2, 3, 4, 5)
 

@@ -14,7 +14,7 @@ import torch
 from test_triton import DEVICE, INTERPRETED, _AbsentGpu, interpreted, pytestmark  # noqa: F401 - pytest reads the last one
 
 import pyperf_dl  # noqa: F401 - loads the native operators
-from pyperf_dl import _sampler_linear as linear
+from pyperf_dl.reference import _sampler_linear as linear
 
 NATIVE = hasattr(torch.ops.pyperf_dl, "sampler_step")
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23, torch.float64: 2.0**-52}

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pyperf_dl._sampler_linear import COLUMNS, clips
 from pyperf_dl._triton import sampler as kernels
+from pyperf_dl.reference._sampler_linear import COLUMNS, clips
 
 from . import common
 

@@ -8,9 +8,11 @@ and end (`after`).
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -336,3 +338,88 @@ def flow_ancestral(
     share = down / sigma
     deviation = math.sqrt(max(sigma_after**2 - (down * scale) ** 2, 0.0))
     return scale * (share * x + (1 - share) * d) + deviation * s_noise * noise
+
+
+# ---- python -m pyperf_dl.check ----
+
+
+def check_cases(device: str, quick: bool) -> Iterator[tuple[Any, ...]]:
+    """(operator, case, dtype, run, expected, tolerance): single steps in the middle of a loop; expected is a step in
+    float64 in plain PyTorch."""
+    import pyperf_dl
+
+    shapes = [(2, 3, 9)] if quick else [(2, 3, 9), (3, 4, 16, 16), (1, 5001)]
+    for (name, table), shape, (dtype, tolerance) in itertools.product(_check_tables(), shapes, _TOLERANCE.items()):
+        for guided in (False, True):
+            case = f"{name}, {list(shape)}" + ", guidance" * guided
+            run = functools.partial(_run_checked, table, shape, dtype, guided)
+            expected = functools.partial(_expected, run)
+            yield "sampler_step", case, dtype, functools.partial(run, device, dtype), expected, tolerance
+    for shape, (dtype, tolerance) in itertools.product(shapes, _TOLERANCE.items()):
+        how = {"key": torch.arange(shape[0]) - 1, "draw": 5}
+
+        def noise(device: str, shape: Any = shape, dtype: torch.dtype = dtype, how: Any = how) -> Any:
+            return (pyperf_dl.per_sample_noise(shape, how["key"].to(device), how["draw"], dtype=dtype),)
+
+        def expected_noise(noise: Any = noise) -> Any:
+            with pyperf_dl.backend("reference"):
+                return noise("cpu")
+
+        at_least = max(tolerance, 4e-6)
+        yield "per_sample_noise", str(list(shape)), dtype, functools.partial(noise, device), expected_noise, at_least
+
+
+_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 0.03, torch.float16: 0.004, torch.float64: 1e-12}
+
+
+def _check_tables() -> list[tuple[str, Any]]:
+    from pyperf_dl import NoiseSchedule, StepTable
+
+    discrete, flow = NoiseSchedule.from_betas(10, spacing="trailing"), NoiseSchedule.flow(10)
+    sigmas = NoiseSchedule.from_betas(10, space="sigma", sigmas="karras")
+    return [
+        ("DDIM", StepTable.ddim(discrete)),
+        ("DDPM", StepTable.ddpm(discrete)),
+        ("DDPM, learned variance", StepTable.ddpm(discrete, variance="learned_range")),
+        ("Euler", StepTable.euler(sigmas)),
+        ("Heun", StepTable.heun(sigmas)),
+        ("LMS", StepTable.lms(sigmas)),
+        ("DPM-Solver++ 3M", StepTable.dpm_solver_pp(discrete, order=3)),
+        ("UniPC", StepTable.unipc(discrete)),
+        ("flow Euler", StepTable.flow_euler(flow)),
+    ]
+
+
+def _run_checked(
+    table: Any, shape: tuple[int, ...], dtype: torch.dtype, guided: bool, device: str, within: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """What a step makes, and gradients of the tensors that go in; `within`: the dtype that it is computed in."""
+    import pyperf_dl
+
+    g = torch.Generator().manual_seed(0)
+    row = 5
+
+    def made(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(dtype).to(device, within)
+
+    wide = (shape[0], 2 * shape[1], *shape[2:]) if table.learned_variance else shape
+    x, output, uncond, noise = made(shape), made(wide), made(shape), made(shape)
+    history = tuple(made(shape) for _ in range(table.history[row] + table.corrects[row]))
+    leaves = [t.requires_grad_() for t in (x, output, *history, *([uncond] if guided else []))]
+    how = {"uncond": uncond, "guidance": 3.5} if guided else {}
+    step = pyperf_dl.sampler_step(
+        x, output, table, row, history=history, noise=noise, clip=2.0, model_inputs=1, denoised=True, **how
+    )
+    outputs = [step.sample, step.denoised, step.model_input, *step.history]
+    outputs = [t for t in outputs if t.requires_grad]
+    weights = [made(t.shape) for t in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, weights)
+    return tuple(t.detach() for t in (*outputs, *gradients))
+
+
+def _expected(run: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    import pyperf_dl
+
+    dtype = run.args[2]  # type: ignore[attr-defined]
+    with pyperf_dl.backend("reference"):
+        return tuple(t.to(dtype) for t in run("cpu", torch.float64))
