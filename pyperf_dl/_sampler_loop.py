@@ -10,7 +10,7 @@ import torch
 
 from . import _checks
 from ._sampler_noise import GeneratorState
-from ._sampler_step import SamplerStep, sampler_step
+from ._sampler_step import SamplerStep, first_noise, sampler_step
 from ._sampler_step_table import StepTable
 
 Model = Callable[..., torch.Tensor]
@@ -73,7 +73,8 @@ class Sampler:
             x: ``[B, ...]``, for a whole loop standard normal noise times ``table.initial_scale``.
             guidance: scale of classifier-free guidance: a number, or a tensor of one or one a sample.
             generator, key: where noise comes from, see `sampler_step`.
-            noise: or a function of the row that returns it.
+            noise: or a function of the row that returns it; row -1 is before the first, where the table asks for it
+                (`StepTable.edm_churn`).
             model_dtype: of what the model gets; x's by default. float16 or bfloat16 beside a float32 x.
             begin: the first row, if x is a sample of a later level.
             progress: shows a bar (needs rich).
@@ -105,13 +106,16 @@ class Sampler:
             if progress or callback is not None or noise is not None:
                 raise ValueError(f"{op}: capture leaves no room for progress, callback or noise; pass none of them")
             return self._replayed(model, x, guidance, generator, key, model_dtype, begin, return_trajectory)
-        loop = _Loop(self.table, model, x, guidance, model_dtype, begin, self._options)
+
+        def source(row: int) -> dict[str, Any]:
+            if noise is None:
+                return {"generator": generator, "key": key}
+            return {"noise": noise(row)} if row < 0 or self.table.noisy[row] else {}
+
+        loop = _Loop(self.table, model, x, guidance, model_dtype, begin, self._options, source)
         trajectory = [x] if return_trajectory else []
         for row in _shown(range(begin, len(self.table)), progress):
-            source = {"generator": generator, "key": key}
-            if noise is not None and self.table.noisy[row]:
-                source = {"noise": noise(row)}
-            step = loop.step(row, denoised=callback is not None, **source)
+            step = loop.step(row, denoised=callback is not None)
             if callback is not None:
                 callback(row, step)
             if return_trajectory:
@@ -150,8 +154,12 @@ class _Loop:
         model_dtype: torch.dtype | None,
         begin: int,
         options: dict[str, Any],
+        source: Callable[[int], dict[str, Any]],
     ) -> None:
-        self.table, self.model, self.x, self.guidance, self.options = table, model, x, guidance, options
+        self.table, self.model, self.guidance, self.options, self.source = table, model, guidance, options, source
+        if begin == 0 and table.first_noise:
+            x = x + table.first_noise * first_noise(x, **source(-1))
+        self.x = x
         self.copies = 1 if guidance is None else 2
         self.dtype = x.dtype if model_dtype is None else model_dtype
         self.history: tuple[torch.Tensor, ...] = ()
@@ -173,7 +181,7 @@ class _Loop:
         last = row == len(self.table) - 1
         step = sampler_step(
             self.x, output, self.table, row, uncond=unconditional, guidance=self.guidance, history=self.history,
-            model_inputs=0 if last else self.copies, **self.options, **how,
+            model_inputs=0 if last else self.copies, **self.options, **self.source(row), **how,
         )  # fmt: skip
         self.x, self.history, self.inputs = step.sample, step.history, step.model_input
         return step
@@ -203,13 +211,14 @@ class _Captured:
         self.state = GeneratorState(x)
         self._set(x, guidance, key)
 
+        source: dict[str, Any] = {"generator": self.state} if key is None else {"key": self.key}
+
         def run() -> tuple[torch.Tensor, torch.Tensor | None]:
-            loop = _Loop(table, model, self.x, self.guidance, model_dtype, begin, options)
-            trajectory = [self.x]
             self.state.begin()
+            loop = _Loop(table, model, self.x, self.guidance, model_dtype, begin, options, lambda row: source)
+            trajectory = [self.x]
             for row in range(begin, len(table)):
-                source: dict[str, Any] = {"key": self.key} if key is not None else {"generator": self.state}
-                trajectory.append(loop.step(row, **source).sample)
+                trajectory.append(loop.step(row).sample)
             return loop.x, torch.stack(trajectory) if return_trajectory else None
 
         side = torch.cuda.Stream(x.device)

@@ -212,6 +212,17 @@ def noise_of_key(like: torch.Tensor, key: torch.Tensor, draw: int) -> torch.Tens
     return operators.noise(like, key, None, draw, 0, 1)
 
 
+def first_noise(x: torch.Tensor, noise: Any = None, generator: Any = None, key: Any = None) -> torch.Tensor:
+    """For what comes before the first row; of keys a draw that no row has."""
+    noise, key, generator = _checked_noise("Sampler.sample", noise, generator, key, x, True)
+    if key is not None:
+        return noise_of_key(x, key, 2**62)
+    if noise is not None:
+        return noise
+    drawing = generator_state(x, generator)
+    return drawn(x, generator) if drawing is None else operators.noise(x, None, drawing[0], 0, drawing[1], 1)
+
+
 # ---- arguments ----
 
 

@@ -366,6 +366,23 @@ def test_sampler_takes_noise_of_the_caller():
     assert torch.equal(got, x)
 
 
+def test_churn_begins_with_noise():
+    table = StepTable.edm_churn(SIGMA, s_churn=5.0)
+    assert table.first_noise > 0
+    outputs = model_of(table)
+    made = {row: normal(200 + row) for row in range(-1, len(table))}
+    rest = iter(outputs)
+    x = normal() * table.initial_scale
+    got = Sampler(table).sample(lambda *_: next(rest), x, noise=lambda row: made[row])
+    x = x + table.first_noise * made[-1]
+    for row, output in enumerate(outputs):
+        x = sampler_step(x, output, table, row, noise=made[row]).sample
+    assert torch.equal(got, x)
+    for how in ({"key": 4}, {"generator": torch.Generator().manual_seed(1)}):
+        rest = iter(outputs)
+        assert not torch.equal(Sampler(table).sample(lambda *_, rest=rest: next(rest), normal(), **how), got)
+
+
 def test_progress(capsys):
     pytest.importorskip("rich")
     Sampler(TABLES["flow"]).sample(flow_model, normal(), progress=True)
