@@ -68,8 +68,8 @@ class Sampler:
 
         Args:
             model: ``model(inputs, t)`` -> the prediction that the table is made for. inputs: ``[B, ...]``, x as the
-                model wants it (c_in x); t: ``[B]``, the table's timesteps. With guidance both have 2 B, the first half
-                without the condition and the second with it, and so must the outputs.
+                model wants it (c_in x); t: ``[B]``, the table's timesteps, int64 or float32. With guidance both have
+                2 B, the first half without the condition and the second with it, and so must the outputs.
             x: ``[B, ...]``, for a whole loop standard normal noise times ``table.initial_scale``.
             guidance: scale of classifier-free guidance: a number, or a tensor of one or one a sample.
             generator, key: where noise comes from, see `sampler_step`.
@@ -163,7 +163,8 @@ class _Loop:
         self.copies = 1 if guidance is None else 2
         self.dtype = x.dtype if model_dtype is None else model_dtype
         self.history: tuple[torch.Tensor, ...] = ()
-        self.timesteps = table.timesteps.to(x.device)
+        times = table.to(x.device).timesteps
+        self.timesteps = times.float() if times.is_floating_point() and x.dtype != torch.float64 else times
         scale = table.first_input_scale if begin == 0 else float(table.coefficients[begin - 1, -1])
         inputs = x if scale == 1 else x * scale
         self.inputs = inputs.to(self.dtype).repeat(self.copies, *[1] * (x.dim() - 1))

@@ -6,10 +6,13 @@ import bisect
 import dataclasses
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import torch
 
 from . import _checks
 from .reference.sampler import Level
@@ -59,10 +62,7 @@ class NoiseSchedule:
         op = "NoiseSchedule"
         _checks.choice(op, "space", self.space, SPACES)
         levels = tuple(Level(*(_checks.number(op, "levels", v, 0.0) for v in level)) for level in self.levels)
-        timesteps = tuple(
-            t if isinstance(t, int) and not isinstance(t, bool) else _checks.number(op, "timesteps", t)
-            for t in self.timesteps
-        )
+        timesteps = as_timesteps(op, self.timesteps)
         _checks.number(op, "sigma_data", self.sigma_data, 0.0)
         if len(levels) != len(timesteps) + 1 or not timesteps:
             raise ValueError(
@@ -162,7 +162,7 @@ class NoiseSchedule:
             for t in timesteps:
                 _checks.number(op, "timesteps", t, 0, len(trained) - 1)
             ratios = [interpolated(trained, t) for t in timesteps]
-        last = trained[0] if final_sigma is None else final_sigma
+        last = trained[0] if final_sigma is None else _checks.number(op, "final_sigma", final_sigma, 0.0)
         schedule = cls.from_sigmas([*ratios, last], space=space, timesteps=timesteps)
         return dataclasses.replace(schedule, timestep_of=partial(log_interpolated, trained))
 
@@ -188,9 +188,8 @@ class NoiseSchedule:
         """
         op = "NoiseSchedule.from_sigma_range"
         steps = _checks.integer(op, "steps", steps, 1)
-        return cls.from_sigmas(
-            [*in_range(op, sigmas, steps, sigma_min, sigma_max, rho), final_sigma], sigma_data=sigma_data
-        )
+        last = _checks.number(op, "final_sigma", final_sigma, 0.0)
+        return cls.from_sigmas([*in_range(op, sigmas, steps, sigma_min, sigma_max, rho), last], sigma_data=sigma_data)
 
     @classmethod
     def from_sigmas(
@@ -281,8 +280,8 @@ class NoiseSchedule:
         """What a scheduler of diffusers makes of its configuration in set_timesteps(steps), in float64.
 
         Steps end where the next begins. A few schedulers of diffusers do otherwise: DDIM and PNDM end at
-        t - num_train_timesteps // steps, which is the same unless the spacing is "linspace" or the division has a rest;
-        PNDM asks for the second timestep twice, Heun for all but the first, which here the sampler's table does.
+        t - num_train_timesteps // steps, which is another timestep where the spacing is "linspace" or the division has
+        a remainder; PNDM asks for the second timestep twice, Heun for all but the first, as StepTable.heun does.
 
         Args:
             scheduler: a scheduler, or a configuration that has "_class_name" (diffusers fills in what it leaves out).
@@ -315,6 +314,13 @@ class NoiseSchedule:
 
 
 # ---- levels and timesteps ----
+
+
+def as_timesteps(op: str, timesteps: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
+    """Integers stay what they are: models look them up."""
+    values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else timesteps
+    checked = [_checks.number(op, "timesteps", t) for t in values]
+    return tuple(int(n) if isinstance(t, numbers.Integral) else n for n, t in zip(checked, values, strict=True))
 
 
 def _levels(ratios: Sequence[float], space: str) -> tuple[Level, ...]:
@@ -414,13 +420,8 @@ def shift_sigma(sigma: float, factor: float) -> float:
 def interpolated(values: Sequence[float], t: float) -> float:
     at = min(int(t), len(values) - 2)
     share = t - at
-    return (
-        values[at]
-        if share == 0
-        else values[at + 1]
-        if share == 1
-        else (1 - share) * values[at] + share * values[at + 1]
-    )
+    ends = ((1 - share, values[at]), (share, values[at + 1]))
+    return sum(weight * value for weight, value in ends if weight)  # the last value may be infinite
 
 
 def log_interpolated(trained: Sequence[float], sigma: float) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from . import _checks
 from . import _sampler_table as table
-from ._sampler_schedules import SPACES, NoiseSchedule
+from ._sampler_schedules import SPACES, NoiseSchedule, as_timesteps
 from ._sampler_table import Prediction, Row
 from .reference.sampler import Level
 
@@ -82,6 +82,7 @@ class StepTable:
         first_noise: float = 0.0,
     ) -> None:
         op = "StepTable"
+        timesteps = as_timesteps(op, timesteps)
         for i, row in enumerate(rows):
             if len(row) != len(Row._fields):
                 raise ValueError(f"{op}: rows must have {len(Row._fields)} numbers each, got {len(row)} in row {i}")
@@ -116,7 +117,7 @@ class StepTable:
         self.__dict__.update(
             coefficients=coefficients,
             rows=len(rows),
-            timesteps=torch.tensor([*timesteps], dtype=torch.int64 if integers else torch.float64),
+            timesteps=torch.tensor(timesteps, dtype=torch.int64 if integers else torch.float64),
             history=history,
             keeps="nothing" if not any(history) else "denoised" if kept == {(0, 0, 1)} else "combination",
             keeping=tuple(any((r.keep_x, r.keep_m, r.keep_d)) and any(history[i + 1 :]) for i, r in enumerate(rows)),
@@ -386,6 +387,18 @@ class StepTable:
         op = "StepTable.flow_ancestral"
         _of(op, schedule, prediction, ("flow",))
         return _over(schedule, table.flow_ancestral(schedule.levels, prediction, *_noise(op, eta, s_noise)))
+
+    @classmethod
+    def flow_sde(cls, schedule: NoiseSchedule, *, noise_level: float = 0.7) -> StepTable:
+        """The SDE of Flow-GRPO (Liu et al., 2025, eq. 9), whose steps have a log-probability. With h = sigma' - sigma,
+        s = noise_level sqrt(sigma / (1 - sigma)): x' = x + (m + s^2 / (2 sigma) (x + (1 - sigma) m)) h + s sqrt(-h) z.
+        At sigma = 1 the 1 - sigma of s is that of the next level, as in their code."""
+        op = "StepTable.flow_sde"
+        _of(op, schedule, "flow", ("flow",))
+        level = _checks.number(op, "noise_level", noise_level, 0.0)
+        if schedule.levels[0].alpha == 0 and len(schedule) == 1:
+            raise ValueError(f"{op}: schedule must have 2 steps or more where it begins at sigma = 1, got 1")
+        return _over(schedule, table.flow_sde(schedule.levels, level))
 
 
 def _over(schedule: NoiseSchedule, rows: Sequence[Row]) -> StepTable:

@@ -322,6 +322,17 @@ def flow_stochastic(levels: Sequence[Level], prediction: str = "flow") -> list[R
     return [_row(now, prediction, d=1 - after.sigma, z=after.sigma) for now, after in _steps(levels)]
 
 
+def flow_sde(levels: Sequence[Level], noise_level: float) -> list[Row]:
+    rows = []
+    for now, after in _steps(levels):
+        step = after.sigma - now.sigma
+        deviation = noise_level * math.sqrt(now.sigma / (now.alpha or after.alpha))
+        pull = deviation**2 / (2 * now.sigma)
+        noise = deviation * math.sqrt(-step)
+        rows.append(_row(now, "flow", x=1 + pull * step, m=(1 + pull * now.alpha) * step, z=noise))
+    return rows
+
+
 def latent_consistency(
     levels: Sequence[Level], scalings: Sequence[tuple[float, float]], prediction: str = "epsilon"
 ) -> list[Row]:

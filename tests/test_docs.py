@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import pyperf_dl
+from pyperf_dl import env
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED_PAGES = sorted({*PAGES, *ROOT.glob("*.md")})
-STEMS = sorted(module.name for module in pkgutil.iter_modules([str(ROOT / "pyperf_dl" / "reference")]))
+STEMS = env.families()
 INTEGRATIONS = sorted(
     module.name
     for module in pkgutil.iter_modules([str(ROOT / "pyperf_dl" / "integrations")])
@@ -99,7 +100,7 @@ def test_functions_and_modules_have_type_hints():
         module = importlib.import_module(f"pyperf_dl.{stem}")
         for name in module.__all__:
             thing = getattr(module, name)
-            signature = inspect.signature(thing.__init__ if inspect.isclass(thing) else thing)
+            signature = inspect.signature(thing)
             untyped = [
                 p.name
                 for p in signature.parameters.values()

@@ -337,6 +337,11 @@ def test_values():
             "zero_terminal_snr must be a bool, got 1",
         ),
         (lambda: NoiseSchedule.from_betas(4, final_sigma=9.0), ValueError, "sigma / alpha must descend"),
+        (
+            lambda: NoiseSchedule.from_betas(4, final_sigma=-1),
+            ValueError,
+            "from_betas: final_sigma must be >= 0.0, got -1",
+        ),
         (lambda: NoiseSchedule.from_sigma_range(4, 2.0, 1.0), ValueError, "sigma_min must be positive and less than"),
         (lambda: NoiseSchedule.from_sigma_range(4, rho=0.0), ValueError, "rho must be positive, got 0.0"),
         (lambda: NoiseSchedule.from_sigma_range(4, sigmas="even"), ValueError, "sigmas must be one of .* got 'even'"),

@@ -389,6 +389,30 @@ def test_flows():
         assert_same(by_table(table), by_paper(FLOW, prediction, ancestral))
 
 
+def test_flow_sde():
+    for schedule in (FLOW, OPEN_FLOW):
+        sigmas = [level.sigma for level in schedule.levels]
+
+        def step(i, x, d, output, noise, sigmas=sigmas):
+            deviation = 0.6 * math.sqrt(sigmas[i] / (1 - (sigmas[i] if sigmas[i] < 1 else sigmas[1])))
+            return sampler.flow_sde(x, output, *sigmas[i : i + 2], deviation, noise)
+
+        table = StepTable.flow_sde(schedule, noise_level=0.6)
+        assert all(table.noisy)
+        assert_same(by_table(table), by_paper(schedule, "flow", step))
+
+
+def test_flow_sde_keeps_the_marginals():
+    """Of data x0 = 0 the velocity is x / sigma, and samples at sigma have that deviation, in steps that are small."""
+    table = StepTable.flow_sde(NoiseSchedule.from_sigmas(torch.linspace(0.9, 0.2, 2001).tolist(), space="flow"))
+    sigmas = torch.linspace(0.9, 0.2, 2001).tolist()
+    variance = sigmas[0] ** 2
+    for row, sigma in zip(table.coefficients.tolist(), sigmas, strict=False):
+        of_x, of_m, z = row[2], row[3], row[8]
+        variance = (of_x + of_m / sigma) ** 2 * variance + z**2
+    assert math.sqrt(variance) == pytest.approx(0.2, rel=2e-3)
+
+
 def test_last_step_that_stays():
     """Of diffusers' set_alpha_to_one=False, for one."""
     preserving = NoiseSchedule.from_betas(4, final_sigma=None)
@@ -548,6 +572,7 @@ def test_table_of_rows():
     assert table.coefficients.tolist() == [[*rows[0], 0.25], [*rows[1], 1.0]]
     assert table.timesteps.tolist() == [7, 3]
     assert table.timesteps.dtype == torch.int64
+    assert torch.equal(StepTable(rows, table.timesteps).timesteps, table.timesteps)
     assert StepTable(rows, [7, 3.5]).timesteps.dtype == torch.float64
     assert (table.history, table.keeps, table.corrects, table.noisy) == (
         (0, 1),
@@ -682,6 +707,9 @@ ROW = _sampler_table.Row(1.0, 0.0)
             ValueError,
             "heun: schedule must have timestep_of",
         ),
+        (lambda: StepTable.flow_sde(EDM), ValueError, "flow_sde: schedule must be in space 'flow'"),
+        (lambda: StepTable.flow_sde(NoiseSchedule.flow(1)), ValueError, "must have 2 steps or more where it begins"),
+        (lambda: StepTable([ROW], ["9"]), TypeError, "timesteps must be a number, got '9'"),
         (lambda: StepTable([], []), ValueError, "StepTable: rows must be 1 or more, .* got 0 rows"),
         (lambda: StepTable([ROW], [9, 3]), ValueError, "with a timestep .* got 1 rows, 2 timesteps"),
         (lambda: StepTable([ROW], [9], input_scales=[1, 1]), ValueError, "got 1 rows, 1 timesteps and 2 input scales"),

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 PREDICTIONS = ("epsilon", "x0", "v", "flow")
@@ -186,11 +185,13 @@ def euler_ancestral(
 def lms(x: torch.Tensor, slopes: Sequence[torch.Tensor], sigmas: Sequence[float], sigma_after: float) -> torch.Tensor:
     """Linear multistep of Katherine Crowson's k-diffusion (an Adams-Bashforth method on uneven steps): the polynomial
     through the slopes, integrated. slopes and their sigmas: the newest first."""
+    from numpy.polynomial import Polynomial
+
     for j, of in enumerate(slopes):
-        basis = np.polynomial.Polynomial([1.0])
+        basis = Polynomial([1.0])
         for k, sigma in enumerate(sigmas[: len(slopes)]):
             if k != j:
-                basis = basis * np.polynomial.Polynomial([-sigma, 1.0]) / (sigmas[j] - sigma)
+                basis = basis * Polynomial([-sigma, 1.0]) / (sigmas[j] - sigma)
         integral = basis.integ()
         x = x + float(integral(sigma_after) - integral(sigmas[0])) * of
     return x
@@ -301,9 +302,10 @@ def unipc_corrector(
     # Weights that make the method exact for polynomials of degree 2: R(h) rho = phi(h) / B(h).
     phi2 = math.expm1(-h) / -h - 1
     phi3 = phi2 / -h - 0.5
-    matrix = np.array([[1.0, 1.0], [r, 1.0]])
-    older, newer = np.linalg.solve(matrix, np.array([phi2, 2 * phi3]) / _b(-h, b))
-    return base - now.alpha * _b(-h, b) * (float(older) * (ds[1] - ds[0]) / r + float(newer) * (d - ds[0]))
+    older, newer = phi2 - 2 * phi3, 2 * phi3 - r * phi2  # of older + newer = phi2, r older + newer = 2 phi3,
+    weight = _b(-h, b) * (1 - r)  # times (1 - r)
+    older, newer = older / weight, newer / weight
+    return base - now.alpha * _b(-h, b) * (older * (ds[1] - ds[0]) / r + newer * (d - ds[0]))
 
 
 def _b(h: float, kind: str) -> float:
@@ -321,6 +323,20 @@ def flow_euler(x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_afte
 def flow_stochastic(d: torch.Tensor, sigma_after: float, noise: torch.Tensor) -> torch.Tensor:
     """To the end at once, then noise again."""
     return (1 - sigma_after) * d + sigma_after * noise
+
+
+def flow_sde(
+    x: torch.Tensor,
+    velocity: torch.Tensor,
+    sigma: float,
+    sigma_after: float,
+    deviation: float,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """Liu et al.: Flow-GRPO (2025), eq. 9."""
+    step = sigma_after - sigma
+    drift = velocity + deviation**2 / (2 * sigma) * (x + (1 - sigma) * velocity)
+    return x + drift * step + deviation * math.sqrt(-step) * noise
 
 
 def flow_ancestral(
