@@ -58,7 +58,7 @@ def row(name: str) -> str:
 def markdown() -> str:
     names = " | ".join(f"{str(d).removeprefix('torch.')} | diffusers" for d in DTYPES)
     head = [
-        f"RMS error of guidance (scale {SCALE}) and one step of normal tensors; 1 is that of the rounded float64 result:\n",
+        f"RMS error of guidance (scale {SCALE}) and one step of normal tensors; 1: float64, rounded once.\n",
         f"| sampler | {names} |",
         "| --- |" + " --: |" * (2 * len(DTYPES)),
     ]
