@@ -8,6 +8,7 @@ struct StepWeights {
   R log_deviation, log_deviation_slope;  // at v = 0, and by v
   R guidance, factor, low, high, shrink;
 
+  StepWeights() = default;
   PYPERF_HD StepWeights(const sampler::StepCall& call, int64_t sample) {
     using namespace sampler;
     const int64_t row = call.row_of(sample);

@@ -1,0 +1,585 @@
+// One step of a sampler on a GPU, in one kernel. A thread has kStepVectors vectors of 16 bytes of neighbouring samples,
+// a stride apart, so that it uses all four normals of every block of Philox that it makes, whoever's noise it is.
+//
+// float32 is computed in double, as on a CPU. An operand takes a conversion (16 a clock and multiprocessor of an H100,
+// where FP64 itself has 64) and one or two operations for its four bytes, of which the memory brings some 15 a clock: a
+// quarter of what the units can do. Where FP64 is 1/64 of FP32, a step takes once or twice the time of the memory.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "../math/sampler_call.h"
+#include "elementary.cuh"
+#include "packed.cuh"
+
+namespace pyperf {
+#include "../math/normal.h"
+#include "../math/sampler.h"
+}  // namespace pyperf
+
+namespace pyperf::sampler {
+
+// ---- what a thread does ----
+
+constexpr int kBlockLanes = 8, kStepBlock = 1 << kBlockLanes;
+constexpr int kStepVectors = 4;                                          // as many as normals of a block of Philox
+constexpr int64_t kKeyedStride = 32, kKeyedGroup = kStepVectors * kKeyedStride;  // elements, see normal.h
+constexpr int64_t kFewVectors = 1 << 16;  // of so many, each has a thread of its own
+constexpr int kFewestLanes = 3;
+
+template <class T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// T: of samples, O: of what the model makes and sees.
+template <class T>
+using Arithmetic = std::conditional_t<sizeof(T) == 2, float, double>;
+template <class T>
+using SampleVector = cuda::Packed<T, kWidth<T>>;
+template <class T, class O>
+using ModelVector = cuda::Packed<O, kWidth<T>>;
+
+struct StepPlan {
+  int64_t blocks;
+  int64_t tiles;      // of a sample, each of 2^lanes threads
+  int lanes;          // at least kFewestLanes
+  bool split;         // a thread has one vector, not kStepVectors
+  bool aligned;       // every whole vector lies for one access
+  int64_t last_turn;  // of a generator: the number of its last four numbers a thread
+};
+
+// Vectors [from, to) at element `first` + vector * stride of a sample, or, of a generator, of all samples.
+struct StepItem {
+  int64_t sample, first, stride, limit;
+  int from, to;
+  // Counter of Philox for the first element: of its neighbours, `block` goes up with keys, `draw` with a generator.
+  uint64_t block;
+  int64_t draw;
+};
+
+// False where there is nothing to do.
+template <int kWidth>
+PYPERF_DEVICE bool find_item(const StepCall& call, const StepPlan& plan, int64_t block, StepItem& item) {
+  if (call.draws) {
+    const int64_t per_turn = call.threads / kWidth;
+    const cuda::Quotient turn = cuda::divide(block * kStepBlock + threadIdx.x, per_turn);
+    item.sample = 0, item.limit = call.samples * call.sample_size;
+    item.first = turn.quotient * kStepVectors * call.threads + turn.remainder * kWidth, item.stride = call.threads;
+    item.from = 0, item.to = kStepVectors;
+    item.block = uint64_t(turn.quotient), item.draw = turn.remainder * kWidth;
+    return turn.quotient <= plan.last_turn && item.first < item.limit;
+  }
+  const int64_t tile = (block << kBlockLanes | threadIdx.x) >> plan.lanes;
+  const cuda::Quotient at = plan.tiles > 1 ? cuda::divide(tile, plan.tiles) : cuda::Quotient{tile, 0};
+  const int64_t place = at.remainder << plan.lanes | (threadIdx.x & ((1 << plan.lanes) - 1));
+  item.sample = at.quotient, item.limit = call.sample_size, item.stride = kKeyedStride;
+  constexpr int kPerStride = kKeyedStride / kWidth;
+  const int64_t run = place / kPerStride;  // of kKeyedStride neighbours that have a thread each kWidth
+  const int64_t group = plan.split ? run / kStepVectors : run;
+  item.from = plan.split ? int(run % kStepVectors) : 0, item.to = plan.split ? item.from + 1 : kStepVectors;
+  const int64_t in_run = place % kPerStride * kWidth;
+  item.first = group * kKeyedGroup + in_run;
+  item.block = uint64_t(group * kKeyedStride + in_run), item.draw = 0;
+  return item.sample < call.samples && item.first + item.from * item.stride < item.limit;
+}
+
+// ---- normals ----
+
+// Those of PyTorch's generator on CUDA, which are cuRAND's: with its instructions, among them two that nvcc contracts.
+PYPERF_DEVICE void generator_pair(uint32_t x, uint32_t y, float& first, float& second) {
+  constexpr float kUnit = 2.3283064e-10f, kTurn = kUnit * 6.2831855f;  // 2^-32, and times 2 pi
+  const float u = ::fmaf(float(x), kUnit, kUnit / 2), v = ::fmaf(float(y), kTurn, kTurn / 2);
+  const float radius = ::sqrtf(-2.0f * ::logf(u));
+  __sincosf(v, &first, &second);
+  first = first * radius, second = second * radius;
+}
+
+// A thread's own, in shared memory: registers are short.
+template <int kWidth>
+struct Normals {
+  float v[kStepVectors][kWidth][kStepBlock];
+
+  PYPERF_DEVICE float& at(int vector, int i) { return v[vector][i][threadIdx.x]; }
+};
+
+// Samples of 16 bits get those of torch.randn in 16 bits.
+template <class T>
+PYPERF_DEVICE void make_normals(const StepCall& call, const StepItem& item, Normals<kWidth<T>>& normals) {
+  using M = ScalarMachine<float>;
+  uint64_t key, block = item.block;
+  int64_t draw = item.draw;
+  if (call.draws) {
+    key = call.state ? uint64_t(call.state[0]) : call.seed;
+    block += (call.offset + (call.state ? uint64_t(call.state[1]) : 0)) / kStepVectors;
+  } else {
+    key = uint64_t(call.key[item.sample % call.keys]), draw = call.row_of(item.sample);
+  }
+  const bool wanted[2] = {item.from < 2, item.to > 2 && item.first + 2 * item.stride < item.limit};
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) {
+    uint32_t words[4];
+    math::words_of_block<M>(key, draw, block, words);
+    call.draws ? void(++draw) : void(++block);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      if (!wanted[pair]) continue;
+      float first, second;
+      if (call.draws) {
+        generator_pair(words[2 * pair], words[2 * pair + 1], first, second);
+        first = float(stored<T>(first)), second = float(stored<T>(second));
+      } else {
+        math::normal_pair<M>(words[2 * pair], words[2 * pair + 1], first, second);
+      }
+      normals.at(2 * pair, i) = first, normals.at(2 * pair + 1, i) = second;
+    }
+  }
+}
+
+// ---- vectors ----
+
+// Neighbours [from, to) of a vector that starts at an element, perhaps before the first.
+struct VectorPlace {
+  int64_t sample, element;
+  int from, to;
+  bool whole;  // one access
+};
+
+template <class V, class S>
+PYPERF_DEVICE void load_vector(const S* p, const VectorPlace& at, V& v) {
+  if (at.whole) {
+    v = *reinterpret_cast<const V*>(p);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / sizeof(S)); ++i) v.v[i] = at.from <= i && i < at.to ? p[i] : S{};
+}
+template <class V, class S>
+PYPERF_DEVICE void store_vector(S* p, const VectorPlace& at, const V& v) {
+  if (at.whole) {
+    *reinterpret_cast<V*>(p) = v;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / sizeof(S)); ++i)
+    if (at.from <= i && i < at.to) p[i] = v.v[i];
+}
+
+template <class S, int kWidth>
+PYPERF_DEVICE S* place_in(const cuda::Packed<S, kWidth>&, const Elements& e, const VectorPlace& at) {
+  return static_cast<S*>(e.data) + (at.sample * e.stride + at.element);
+}
+template <class V>
+PYPERF_DEVICE void load_operand(const Elements& e, const VectorPlace& at, V& v) {
+  if (e.data) load_vector(place_in(v, e, at), at, v);
+}
+template <class S, int kWidth, class R>
+PYPERF_DEVICE void store_operand(const Elements& e, const VectorPlace& at, const R (&values)[kWidth]) {
+  if (!e.data) return;
+  cuda::Packed<S, kWidth> v;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) v.v[i] = stored<S>(values[i]);
+  store_vector(place_in(v, e, at), at, v);
+}
+
+// visit(place, vector) for every vector of an item; of one that samples share, for the part of each.
+template <int kWidth, class Visit>
+PYPERF_DEVICE void visit_vectors(const StepCall& call, const StepPlan& plan, const StepItem& item, const Visit& visit) {
+#pragma unroll 1
+  for (int vector = item.from; vector < item.to; ++vector) {
+    const int64_t first = item.first + vector * item.stride;
+    if (first >= item.limit) break;
+    VectorPlace at{item.sample, first, 0, first + kWidth <= item.limit ? kWidth : int(item.limit - first), false};
+    const int end = at.to;
+    do {
+      if (call.draws && call.samples > 1) {
+        const cuda::Quotient sample = cuda::divide(first + at.from, call.sample_size);
+        at.sample = sample.quotient, at.element = sample.remainder - at.from;
+        const int64_t rest = call.sample_size - at.element;
+        at.to = rest < end ? int(rest) : end;
+      }
+      at.whole = plan.aligned && at.to - at.from == kWidth;
+      visit(at, vector);
+      at.from = at.to;
+    } while (at.from < end);
+  }
+}
+
+// ---- a step ----
+
+// Those of the sample of a tile; the first thread of a tile makes them. All threads of a block call this.
+template <class R>
+PYPERF_DEVICE const StepWeights<R>& weights_of(const StepCall& call, const StepPlan& plan, int64_t sample) {
+  __shared__ StepWeights<R> shared[kStepBlock >> kFewestLanes];
+  StepWeights<R>& of_tile = shared[threadIdx.x >> plan.lanes];
+  __syncthreads();  // those of the last block are no longer read
+  if ((threadIdx.x & ((1 << plan.lanes) - 1)) == 0 && sample < call.samples) of_tile = StepWeights<R>(call, sample);
+  __syncthreads();
+  return of_tile;
+}
+
+// Without history, noise, correction, or a second output.
+template <class R, class T, class O>
+PYPERF_DEVICE void plain_step(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at,
+                              const SampleVector<T>& samples, const ModelVector<T, O>& output,
+                              const ModelVector<T, O>& unconditional) {
+  using M = ScalarMachine<R>;
+  R next[kWidth<T>];
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) {
+    const R x = loaded<R>(samples.v[i]);
+    R m = loaded<R>(output.v[i]);
+    if (call.has(kUnconditional)) m = math::guided<M>(w, m, loaded<R>(unconditional.v[i]));
+    R of_m = m * w.m;
+    if (call.clips()) of_m = M::fma(w.d, math::clipped<M>(w, math::unclipped<M>(w, x, m)), of_m);
+    next[i] = M::fma(w.x, x, of_m);
+  }
+  store_operand<T>(call.operand[kNext], at, next);
+}
+
+template <class R, class T, class O>
+PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at, bool made,
+                             Normals<kWidth<T>>& normals, int vector) {
+  using M = ScalarMachine<R>;
+  constexpr int W = kWidth<T>;
+  SampleVector<T> samples, h1, h2, h3, last, noise;
+  ModelVector<T, O> output, unconditional, variance;
+  load_operand(call.operand[kSample], at, samples), load_operand(call.operand[kOutput], at, output);
+  load_operand(call.operand[kUnconditional], at, unconditional), load_operand(call.operand[kVariance], at, variance);
+  load_operand(call.operand[kHistory1], at, h1), load_operand(call.operand[kHistory2], at, h2);
+  load_operand(call.operand[kHistory3], at, h3), load_operand(call.operand[kLast], at, last);
+  load_operand(call.operand[kNoise], at, noise);
+
+  const auto each = [](const auto& body) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) body(i);
+  };
+  R x[W], m[W], d[W], result[W];
+  each([&](int i) { x[i] = loaded<R>(samples.v[i]), m[i] = loaded<R>(output.v[i]); });
+  if (call.has(kUnconditional))
+    each([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.v[i])); });
+  each([&](int i) {
+    m[i] = m[i] * w.factor;
+    d[i] = math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])) * w.shrink;
+  });
+  store_operand<T>(call.operand[kDenoised], at, d);
+  if (call.has(kLast)) {
+    each([&](int i) { x[i] = M::fma(w.last_d, d[i], loaded<R>(last.v[i]) * w.last_x); });
+    if (call.has(kHistory1)) each([&](int i) { x[i] = M::fma(w.last_h1, loaded<R>(h1.v[i]), x[i]); });
+    if (call.has(kHistory2)) each([&](int i) { x[i] = M::fma(w.last_h2, loaded<R>(h2.v[i]), x[i]); });
+  }
+  store_operand<T>(call.operand[kCorrected], at, x);
+  if (call.has(kKept)) {
+    each([&](int i) { result[i] = M::fma(w.keep_d, d[i], M::fma(w.keep_m, m[i], x[i] * w.keep_x)); });
+    store_operand<T>(call.operand[kKept], at, result);
+  }
+  each([&](int i) { result[i] = m[i] * w.m; });
+  if (w.d != R(0)) each([&](int i) { result[i] = M::fma(w.d, d[i], result[i]); });
+  each([&](int i) { result[i] = M::fma(w.x, x[i], result[i]); });
+  if (call.has(kHistory1)) each([&](int i) { result[i] = M::fma(w.h1, loaded<R>(h1.v[i]), result[i]); });
+  if (call.has(kHistory2)) each([&](int i) { result[i] = M::fma(w.h2, loaded<R>(h2.v[i]), result[i]); });
+  if (call.has(kHistory3)) each([&](int i) { result[i] = M::fma(w.h3, loaded<R>(h3.v[i]), result[i]); });
+  if (made || call.has(kNoise))
+    each([&](int i) {
+      const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.v[i]);
+      const R deviation = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.v[i])) : w.z;
+      result[i] = M::fma(deviation, of_noise, result[i]);
+    });
+  store_operand<T>(call.operand[kNext], at, result);
+  if (!call.has(kModelInput)) return;
+  ModelVector<T, O> input;
+  each([&](int i) { input.v[i] = stored<O>(result[i] * w.input); });
+  O* p = static_cast<O*>(call.operand[kModelInput].data) + (call.model_input_at(at.sample, 0) + at.element);
+  for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) store_vector(p, at, input);
+}
+
+inline bool is_plain(const StepCall& call) {
+  bool plain = !call.draws && !call.key && !call.adjust;
+  for (const int k : {kHistory1, kHistory2, kHistory3, kLast, kNoise, kDenoised, kKept, kCorrected, kModelInput})
+    plain = plain && !call.has(k);
+  return plain;
+}
+
+template <class T, class O>
+__global__ void __launch_bounds__(kStepBlock, 2) plain_step_kernel(StepCall call, StepPlan plan) {
+  using R = Arithmetic<T>;
+  constexpr int W = kWidth<T>;
+  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
+    StepItem item;
+    const bool any = find_item<W>(call, plan, block, item);
+    const bool whole = any && plan.aligned && !plan.split &&
+                       item.first + (kStepVectors - 1) * item.stride + W <= item.limit;
+    SampleVector<T> x[kStepVectors];
+    ModelVector<T, O> output[kStepVectors], unconditional[kStepVectors];
+    VectorPlace at{item.sample, item.first, 0, W, true};
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kStepVectors; ++k, at.element += kKeyedStride) {
+        load_operand(call.operand[kSample], at, x[k]), load_operand(call.operand[kOutput], at, output[k]);
+        load_operand(call.operand[kUnconditional], at, unconditional[k]);
+      }
+    }
+    const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
+    if (whole) {
+      at.element = item.first;
+#pragma unroll
+      for (int k = 0; k < kStepVectors; ++k, at.element += kKeyedStride)
+        plain_step<R, T, O>(call, w, at, x[k], output[k], unconditional[k]);
+    } else if (any) {
+      visit_vectors<W>(call, plan, item, [&](const VectorPlace& at, int) {
+        load_operand(call.operand[kSample], at, x[0]), load_operand(call.operand[kOutput], at, output[0]);
+        load_operand(call.operand[kUnconditional], at, unconditional[0]);
+        plain_step<R, T, O>(call, w, at, x[0], output[0], unconditional[0]);
+      });
+    }
+  }
+}
+
+// visit(place, weights, vector) for every vector of every item, with its normals made before where `made`.
+// kOwnWeights: where the numbers of a generator meet samples that differ.
+template <bool kOwnWeights, class T, class Visit>
+PYPERF_DEVICE void visit_items(const StepCall& call, const StepPlan& plan, bool made, Normals<kWidth<T>>& normals,
+                               const Visit& visit) {
+  using R = Arithmetic<T>;
+  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
+    StepItem item;
+    const bool any = find_item<kWidth<T>>(call, plan, block, item);
+    if (any && made) make_normals<T>(call, item, normals);
+    if constexpr (kOwnWeights) {
+      if (!any) continue;
+      visit_vectors<kWidth<T>>(call, plan, item, [&](const VectorPlace& at, int vector) {
+        const StepWeights<R> w(call, at.sample);
+        visit(at, w, vector);
+      });
+    } else {
+      const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
+      if (any)
+        visit_vectors<kWidth<T>>(call, plan, item,
+                                 [&](const VectorPlace& at, int vector) { visit(at, w, vector); });
+    }
+  }
+}
+
+template <bool kOwnWeights, class T, class O>
+__global__ void __launch_bounds__(kStepBlock, kOwnWeights ? 1 : 2) full_step_kernel(StepCall call, StepPlan plan) {
+  using R = Arithmetic<T>;
+  __shared__ Normals<kWidth<T>> normals;
+  const bool made = call.draws || call.key;
+  visit_items<kOwnWeights, T>(call, plan, made, normals,
+                              [&](const VectorPlace& at, const StepWeights<R>& w, int vector) {
+                                full_step<R, T, O>(call, w, at, made, normals, vector);
+                              });
+}
+
+// ---- its gradients ----
+
+template <class R, class T, class O>
+PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& grads, const StepWeights<R>& w,
+                                  const VectorPlace& at, bool made, Normals<kWidth<T>>& normals, int vector) {
+  using M = ScalarMachine<R>;
+  constexpr int W = kWidth<T>;
+  const auto of = [&](int k) -> const Elements& { return grads.of_output[k - kNext]; };
+  SampleVector<T> of_next, of_kept, of_corrected, of_denoised, samples, noise;
+  ModelVector<T, O> of_input, output, unconditional, variance;
+  load_operand(of(kNext), at, of_next), load_operand(of(kKept), at, of_kept);
+  load_operand(of(kCorrected), at, of_corrected), load_operand(of(kDenoised), at, of_denoised);
+  if (call.clips()) {
+    load_operand(call.operand[kSample], at, samples), load_operand(call.operand[kOutput], at, output);
+    load_operand(call.operand[kUnconditional], at, unconditional);
+  }
+  load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
+
+  const auto each = [](const auto& body) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) body(i);
+  };
+  R next[W], kept[W], x[W], d[W], m[W], result[W];
+  each([&](int i) { next[i] = kept[i] = R(0); });
+  if (of(kNext).data) each([&](int i) { next[i] = loaded<R>(of_next.v[i]); });
+  if (of(kModelInput).data) {
+    const O* p = static_cast<const O*>(of(kModelInput).data) + (call.model_input_at(at.sample, 0) + at.element);
+    each([&](int i) { result[i] = R(0); });
+    for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) {
+      load_vector(p, at, of_input);
+      each([&](int i) { result[i] = result[i] + loaded<R>(of_input.v[i]); });
+    }
+    each([&](int i) { next[i] = M::fma(w.input, result[i], next[i]); });
+  }
+  if (of(kKept).data) each([&](int i) { kept[i] = loaded<R>(of_kept.v[i]); });
+  each([&](int i) {
+    x[i] = M::fma(w.x, next[i], kept[i] * w.keep_x);
+    d[i] = M::fma(w.d, next[i], kept[i] * w.keep_d);
+  });
+  if (of(kCorrected).data) each([&](int i) { x[i] = x[i] + loaded<R>(of_corrected.v[i]); });
+  if (of(kDenoised).data) each([&](int i) { d[i] = d[i] + loaded<R>(of_denoised.v[i]); });
+  if (call.corrects) each([&](int i) { d[i] = M::fma(w.last_d, x[i], d[i]); });
+  if (call.clips())
+    each([&](int i) {
+      R m = loaded<R>(output.v[i]);
+      if (call.guided) m = math::guided<M>(w, m, loaded<R>(unconditional.v[i]));
+      const R value = math::unclipped<M>(w, loaded<R>(samples.v[i]), m);
+      d[i] = M::at_least(value, w.low) && M::at_least(w.high, value) ? d[i] : R(0);
+    });
+  each([&](int i) { m[i] = M::fma(w.m, next[i], M::fma(w.keep_m, kept[i], d[i] * w.q)); });
+
+  if (grads.of_input[kSample].data) {
+    each([&](int i) { result[i] = call.corrects ? d[i] * w.p : d[i] * w.p + x[i]; });
+    store_operand<T>(grads.of_input[kSample], at, result);
+  }
+  each([&](int i) { result[i] = call.guided ? m[i] * w.guidance : m[i]; });
+  store_operand<O>(grads.of_input[kOutput], at, result);
+  if (call.guided && grads.of_input[kUnconditional].data) {
+    each([&](int i) { result[i] = m[i] - result[i]; });
+    store_operand<O>(grads.of_input[kUnconditional], at, result);
+  }
+  const auto of_history = [&](int k, R of_next, R of_last) {
+    if (!grads.of_input[k].data) return;
+    each([&](int i) { result[i] = M::fma(of_next, next[i], (call.corrects ? x[i] : R(0)) * of_last); });
+    store_operand<T>(grads.of_input[k], at, result);
+  };
+  of_history(kHistory1, w.h1, w.last_h1), of_history(kHistory2, w.h2, w.last_h2);
+  const auto of_product = [&](int k, const R(&v)[W], R weight) {
+    if (!grads.of_input[k].data) return;
+    each([&](int i) { result[i] = v[i] * weight; });
+    store_operand<T>(grads.of_input[k], at, result);
+  };
+  of_product(kHistory3, next, w.h3), of_product(kLast, x, w.last_x);
+  if (!grads.of_input[kNoise].data && !grads.of_input[kVariance].data) return;
+  R deviation[W];
+  each([&](int i) {
+    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.v[i])) : w.z;
+    result[i] = next[i] * deviation[i];
+  });
+  store_operand<T>(grads.of_input[kNoise], at, result);
+  if (!grads.of_input[kVariance].data) return;
+  each([&](int i) {
+    const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.v[i]);
+    result[i] = next[i] * of_noise * deviation[i] * w.log_deviation_slope;
+  });
+  store_operand<O>(grads.of_input[kVariance], at, result);
+}
+
+template <bool kOwnWeights, class T, class O>
+__global__ void __launch_bounds__(kStepBlock, kOwnWeights ? 1 : 2)
+    step_backward_kernel(StepCall call, StepGradients grads, StepPlan plan) {
+  using R = Arithmetic<T>;
+  __shared__ Normals<kWidth<T>> normals;
+  const bool made = (call.draws || call.key) && grads.of_input[kVariance].data;
+  visit_items<kOwnWeights, T>(call, plan, made, normals,
+                              [&](const VectorPlace& at, const StepWeights<R>& w, int vector) {
+                                step_gradients<R, T, O>(call, grads, w, at, made, normals, vector);
+                              });
+}
+
+// ---- noise alone ----
+
+template <class T>
+__global__ void __launch_bounds__(kStepBlock, 2) noise_kernel(StepCall call, StepPlan plan) {
+  constexpr int W = kWidth<T>;
+  __shared__ Normals<W> normals;
+  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
+    StepItem item;
+    if (!find_item<W>(call, plan, block, item)) continue;
+    make_normals<T>(call, item, normals);
+    visit_vectors<W>(call, plan, item, [&](const VectorPlace& at, int vector) {
+      float of_vector[W];
+#pragma unroll
+      for (int i = 0; i < W; ++i) of_vector[i] = normals.at(vector, i);
+      store_operand<T>(call.operand[kNext], at, of_vector);
+    });
+  }
+}
+
+// ---- launches ----
+
+// Whether vectors of `width` lie where one access reaches them.
+inline bool packs(const StepCall& call, const StepGradients* grads, int width) {
+  const auto is_model = [](int k) { return k == kOutput || k == kUnconditional || k == kVariance || k == kModelInput; };
+  const auto lies = [&](const Elements& e, int k) {
+    if (!e.data) return true;
+    const int bytes = width * storage_bytes(is_model(k) ? call.output_type : call.type);
+    const bool places = k == kModelInput ? (call.samples == 1 && call.copies <= 1) || call.sample_size % width == 0
+                                         : call.samples == 1 || e.stride % width == 0;
+    return reinterpret_cast<uintptr_t>(e.data) % uintptr_t(bytes) == 0 && places;
+  };
+  bool all = !call.draws || call.samples == 1 || call.sample_size % width == 0;
+  for (int k = 0; k < kOperands; ++k) all = all && lies(call.operand[k], k);
+  if (!grads) return all;
+  for (int k = 0; k < kOutputs; ++k) all = all && lies(grads->of_output[k], kNext + k);
+  for (int k = 0; k < kInputs; ++k) all = all && lies(grads->of_input[k], k);
+  return all;
+}
+
+inline StepPlan plan_of(const StepCall& call, const StepGradients* grads, int64_t few) {
+  const int width = 16 / storage_bytes(call.type);
+  const auto pieces = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+  StepPlan plan{};
+  plan.aligned = packs(call, grads, width);
+  if (call.draws) {
+    const int64_t all = call.samples * call.sample_size, turns = pieces(all, kStepVectors * call.threads);
+    plan.last_turn = turns - 1, plan.lanes = kBlockLanes;
+    const int64_t in_last = std::min(call.threads, all - plan.last_turn * kStepVectors * call.threads);
+    plan.blocks = pieces(plan.last_turn * (call.threads / width) + pieces(in_last, width), kStepBlock);
+    return plan;
+  }
+  plan.split = call.samples * pieces(call.sample_size, width) <= few;
+  const int64_t items = plan.split ? pieces(call.sample_size, width)
+                                   : pieces(call.sample_size, kKeyedGroup) * (kKeyedStride / width);
+  plan.lanes = kFewestLanes;
+  while (plan.lanes < kBlockLanes && (int64_t(1) << plan.lanes) < items) ++plan.lanes;
+  plan.tiles = pieces(items, int64_t(1) << plan.lanes);
+  plan.blocks = pieces(call.samples * plan.tiles, kStepBlock >> plan.lanes);
+  return plan;
+}
+
+// with(T(), O())
+template <class With>
+cudaError_t with_types(const StepCall& call, const With& with) {
+  switch (call.type) {
+    case Storage::f64: return with(double(), double());
+    case Storage::f16: return with(Float16(), Float16());
+    case Storage::bf16: return with(BFloat16(), BFloat16());
+    case Storage::f32: break;
+  }
+  switch (call.output_type) {
+    case Storage::f16: return with(float(), Float16());
+    case Storage::bf16: return with(float(), BFloat16());
+    default: return with(float(), float());
+  }
+}
+
+// few: of so many vectors, each has a thread of its own. call.draws: not for float64, whose numbers are others.
+inline cudaError_t step(const StepCall& call, cudaStream_t stream, int64_t few = kFewVectors) {
+  const StepPlan plan = plan_of(call, nullptr, few);
+  return with_types(call, [&](auto t, auto o) {
+    using T = decltype(t);
+    using O = decltype(o);
+    auto kernel = is_plain(call) ? &plain_step_kernel<T, O> : &full_step_kernel<false, T, O>;
+    if constexpr (sizeof(T) < 8)
+      if (call.draws && call.samples > 1) kernel = &full_step_kernel<true, T, O>;
+    return cuda::launch(kernel, plan.blocks, kStepBlock, 0, stream, call, plan);
+  });
+}
+
+inline cudaError_t step_backward(const StepCall& call, const StepGradients& grads, cudaStream_t stream,
+                                 int64_t few = kFewVectors) {
+  const StepPlan plan = plan_of(call, &grads, few);
+  return with_types(call, [&](auto t, auto o) {
+    using T = decltype(t);
+    using O = decltype(o);
+    auto kernel = &step_backward_kernel<false, T, O>;
+    if constexpr (sizeof(T) < 8)
+      if (call.draws && call.samples > 1) kernel = &step_backward_kernel<true, T, O>;
+    return cuda::launch(kernel, plan.blocks, kStepBlock, 0, stream, call, grads, plan);
+  });
+}
+
+inline cudaError_t noise(const StepCall& call, cudaStream_t stream, int64_t few = kFewVectors) {
+  const StepPlan plan = plan_of(call, nullptr, few);
+  cudaError_t error = cudaSuccess;
+  with_storage(call.type, [&](auto t) {
+    error = cuda::launch(&noise_kernel<decltype(t)>, plan.blocks, kStepBlock, 0, stream, call, plan);
+  });
+  return error;
+}
+
+}  // namespace pyperf::sampler
