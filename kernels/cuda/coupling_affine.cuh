@@ -10,7 +10,6 @@
 #include "common.cuh"
 #include "elementary.cuh"
 #include "other_channels.cuh"
-#include "packed.cuh"
 
 namespace pyperf {
 #include "../math/coupling_affine.h"
@@ -23,19 +22,25 @@ constexpr int64_t kAffineSample = 4096;  // elements of one sample that a block 
 
 // ---- operands ----
 
+// kWidth neighbours of an operand.
+template <class S, int kWidth>
+struct alignas(sizeof(S) * kWidth) PackedStorage {
+  S v[kWidth];
+};
+
 template <class R, int kWidth, class S>
 PYPERF_DEVICE void load_packed(const void* data, int64_t at, R (&to)[kWidth]) {
-  cuda::Packed<S, kWidth> s;
-  s = *reinterpret_cast<const cuda::Packed<S, kWidth>*>(static_cast<const S*>(data) + at);
+  PackedStorage<S, kWidth> s;
+  s = *reinterpret_cast<const PackedStorage<S, kWidth>*>(static_cast<const S*>(data) + at);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) to[i] = loaded<R>(s.v[i]);
 }
 template <class R, int kWidth, class S>
 PYPERF_DEVICE void store_packed(void* data, int64_t at, const R (&from)[kWidth]) {
-  cuda::Packed<S, kWidth> s;
+  PackedStorage<S, kWidth> s;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) s.v[i] = stored<S>(from[i]);
-  *reinterpret_cast<cuda::Packed<S, kWidth>*>(static_cast<S*>(data) + at) = s;
+  *reinterpret_cast<PackedStorage<S, kWidth>*>(static_cast<S*>(data) + at) = s;
 }
 
 template <class R, int kWidth>

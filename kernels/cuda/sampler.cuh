@@ -10,8 +10,8 @@
 #include <initializer_list>
 
 #include "../math/sampler_call.h"
+#include "common.cuh"
 #include "elementary.cuh"
-#include "packed.cuh"
 
 namespace pyperf {
 #include "../math/normal.h"
@@ -23,7 +23,7 @@ namespace pyperf::sampler {
 // ---- what a thread does ----
 
 constexpr int kBlockLanes = 8, kStepBlock = 1 << kBlockLanes;
-constexpr int kStepVectors = 4;                                          // as many as normals of a block of Philox
+constexpr int kStepVectors = 4;  // as many as normals of a block of Philox
 constexpr int64_t kKeyedStride = 32, kKeyedGroup = kStepVectors * kKeyedStride;  // elements, see normal.h
 constexpr int64_t kFewVectors = 1 << 16;  // of so many, each has a thread of its own
 constexpr int kFewestLanes = 3;
@@ -31,13 +31,34 @@ constexpr int kFewestLanes = 3;
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
+// What a thread moves in one access. Those of 16 bits stay in pairs, as each alone would take a register.
+template <class S, int kWidth>
+struct alignas(sizeof(S) * kWidth) Neighbours {
+  using Word = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
+  Word words[kWidth * sizeof(S) / sizeof(Word)];
+
+  PYPERF_DEVICE S get(int i) const {
+    if constexpr (sizeof(S) == 2)
+      return {uint16_t(words[i / 2] >> i % 2 * 16)};
+    else
+      return words[i];
+  }
+  // In ascending order.
+  PYPERF_DEVICE void put(int i, S s) {
+    if constexpr (sizeof(S) == 2)
+      words[i / 2] = i % 2 ? words[i / 2] | uint32_t(s.bits) << 16 : s.bits;
+    else
+      words[i] = s;
+  }
+};
+
 // T: of samples, O: of what the model makes and sees.
 template <class T>
 using Arithmetic = std::conditional_t<sizeof(T) == 2, float, double>;
 template <class T>
-using SampleVector = cuda::Packed<T, kWidth<T>>;
+using SampleVector = Neighbours<T, kWidth<T>>;
 template <class T, class O>
-using ModelVector = cuda::Packed<O, kWidth<T>>;
+using ModelVector = Neighbours<O, kWidth<T>>;
 
 struct StepPlan {
   int64_t blocks;
@@ -115,7 +136,7 @@ PYPERF_DEVICE void make_normals(const StepCall& call, const StepItem& item, Norm
     key = uint64_t(call.key[item.sample % call.keys]), draw = call.row_of(item.sample);
   }
   const bool wanted[2] = {item.from < 2, item.to > 2 && item.first + 2 * item.stride < item.limit};
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kWidth<T>; ++i) {
     uint32_t words[4];
     math::words_of_block<M>(key, draw, block, words);
@@ -144,41 +165,56 @@ struct VectorPlace {
   bool whole;  // one access
 };
 
-template <class V, class S>
-PYPERF_DEVICE void load_vector(const S* p, const VectorPlace& at, V& v) {
+template <class S, int kWidth>
+PYPERF_DEVICE void load_vector(const S* p, const VectorPlace& at, Neighbours<S, kWidth>& v) {
   if (at.whole) {
-    v = *reinterpret_cast<const V*>(p);
+    v = *reinterpret_cast<const Neighbours<S, kWidth>*>(p);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < int(sizeof(V) / sizeof(S)); ++i) v.v[i] = at.from <= i && i < at.to ? p[i] : S{};
+  for (int i = 0; i < kWidth; ++i) v.put(i, at.from <= i && i < at.to ? p[i] : S{});
 }
-template <class V, class S>
-PYPERF_DEVICE void store_vector(S* p, const VectorPlace& at, const V& v) {
+template <class S, int kWidth>
+PYPERF_DEVICE void store_vector(S* p, const VectorPlace& at, const Neighbours<S, kWidth>& v) {
   if (at.whole) {
-    *reinterpret_cast<V*>(p) = v;
+    *reinterpret_cast<Neighbours<S, kWidth>*>(p) = v;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < int(sizeof(V) / sizeof(S)); ++i)
-    if (at.from <= i && i < at.to) p[i] = v.v[i];
+  for (int i = 0; i < kWidth; ++i)
+    if (at.from <= i && i < at.to) p[i] = v.get(i);
 }
 
-template <class S, int kWidth>
-PYPERF_DEVICE S* place_in(const cuda::Packed<S, kWidth>&, const Elements& e, const VectorPlace& at) {
+template <class S>
+PYPERF_DEVICE S* place_in(const Elements& e, const VectorPlace& at) {
   return static_cast<S*>(e.data) + (at.sample * e.stride + at.element);
 }
-template <class V>
-PYPERF_DEVICE void load_operand(const Elements& e, const VectorPlace& at, V& v) {
-  if (e.data) load_vector(place_in(v, e, at), at, v);
+template <class S, int kWidth>
+PYPERF_DEVICE void load_operand(const Elements& e, const VectorPlace& at, Neighbours<S, kWidth>& v) {
+  if (e.data) load_vector(place_in<S>(e, at), at, v);
 }
 template <class S, int kWidth, class R>
 PYPERF_DEVICE void store_operand(const Elements& e, const VectorPlace& at, const R (&values)[kWidth]) {
   if (!e.data) return;
-  cuda::Packed<S, kWidth> v;
+  Neighbours<S, kWidth> v;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) v.v[i] = stored<S>(values[i]);
-  store_vector(place_in(v, e, at), at, v);
+  for (int i = 0; i < kWidth; ++i) v.put(i, stored<S>(values[i]));
+  store_vector(place_in<S>(e, at), at, v);
+}
+
+template <int kWidth, class Body>
+PYPERF_DEVICE void each(const Body& body) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) body(i);
+}
+
+// v, from which nothing can be computed ahead of a loop: that would be the places of all operands, for which there are
+// not enough registers.
+PYPERF_DEVICE int64_t not_ahead(int64_t v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(v));
+#endif
+  return v;
 }
 
 // visit(place, vector) for every vector of an item; of one that samples share, for the part of each.
@@ -188,7 +224,8 @@ PYPERF_DEVICE void visit_vectors(const StepCall& call, const StepPlan& plan, con
   for (int vector = item.from; vector < item.to; ++vector) {
     const int64_t first = item.first + vector * item.stride;
     if (first >= item.limit) break;
-    VectorPlace at{item.sample, first, 0, first + kWidth <= item.limit ? kWidth : int(item.limit - first), false};
+    VectorPlace at{not_ahead(item.sample), first, 0, first + kWidth <= item.limit ? kWidth : int(item.limit - first),
+                   false};
     const int end = at.to;
     do {
       if (call.draws && call.samples > 1) {
@@ -217,23 +254,78 @@ PYPERF_DEVICE const StepWeights<R>& weights_of(const StepCall& call, const StepP
   return of_tile;
 }
 
-// Without history, noise, correction, or a second output.
+template <class O, int kWidth, class R>
+PYPERF_DEVICE void store_model_input(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at,
+                                     const R (&next)[kWidth]) {
+  if (!call.has(kModelInput)) return;
+  Neighbours<O, kWidth> input;
+  each<kWidth>([&](int i) { input.put(i, stored<O>(next[i] * w.input)); });
+  O* p = static_cast<O*>(call.operand[kModelInput].data) + (call.model_input_at(at.sample, 0) + at.element);
+  for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) store_vector(p, at, input);
+}
+
+// Without history, correction, and noise that has to be read: few enough operands for four vectors of each at a time.
 template <class R, class T, class O>
 PYPERF_DEVICE void plain_step(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at,
                               const SampleVector<T>& samples, const ModelVector<T, O>& output,
-                              const ModelVector<T, O>& unconditional) {
+                              const ModelVector<T, O>& unconditional, Normals<kWidth<T>>& normals, int vector) {
   using M = ScalarMachine<R>;
-  R next[kWidth<T>];
-#pragma unroll
-  for (int i = 0; i < kWidth<T>; ++i) {
-    const R x = loaded<R>(samples.v[i]);
-    R m = loaded<R>(output.v[i]);
-    if (call.has(kUnconditional)) m = math::guided<M>(w, m, loaded<R>(unconditional.v[i]));
-    R of_m = m * w.m;
-    if (call.clips()) of_m = M::fma(w.d, math::clipped<M>(w, math::unclipped<M>(w, x, m)), of_m);
-    next[i] = M::fma(w.x, x, of_m);
-  }
+  constexpr int W = kWidth<T>;
+  R x[W], m[W], next[W];
+  each<W>([&](int i) { x[i] = loaded<R>(samples.get(i)), m[i] = loaded<R>(output.get(i)); });
+  if (call.has(kUnconditional))
+    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.get(i))); });
+  each<W>([&](int i) { next[i] = m[i] * w.m; });
+  if (call.clips())
+    each<W>([&](int i) { next[i] = M::fma(w.d, math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])), next[i]); });
+  each<W>([&](int i) { next[i] = M::fma(w.x, x[i], next[i]); });
+  if (call.makes_noise()) each<W>([&](int i) { next[i] = M::fma(w.z, R(normals.at(vector, i)), next[i]); });
   store_operand<T>(call.operand[kNext], at, next);
+  store_model_input<O>(call, w, at, next);
+}
+
+inline bool is_plain(const StepCall& call) {
+  bool plain = !call.adjust && !(call.makes_noise() && call.has(kVariance)) && !(call.draws && call.samples > 1);
+  for (const int k : {kHistory1, kHistory2, kHistory3, kLast, kNoise, kDenoised, kKept, kCorrected})
+    plain = plain && !call.has(k);
+  return plain;
+}
+
+template <class T, class O>
+__global__ void __launch_bounds__(kStepBlock, 2) plain_step_kernel(StepCall call, StepPlan plan) {
+  using R = Arithmetic<T>;
+  constexpr int W = kWidth<T>;
+  __shared__ Normals<W> normals;
+  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
+    StepItem item;
+    const bool any = find_item<W>(call, plan, block, item);
+    SampleVector<T> x[kStepVectors];
+    ModelVector<T, O> output[kStepVectors], unconditional[kStepVectors];
+    VectorPlace at{item.sample, item.first, 0, W, true};
+    const auto is_whole = [&](int k) {
+      return any && plan.aligned && item.from <= k && k < item.to && item.first + k * item.stride + W <= item.limit;
+    };
+    each<kStepVectors>([&](int k) {
+      if (!is_whole(k)) return;
+      at.element = item.first + k * item.stride;
+      load_operand(call.operand[kSample], at, x[k]), load_operand(call.operand[kOutput], at, output[k]);
+      load_operand(call.operand[kUnconditional], at, unconditional[k]);
+    });
+    if (any && call.makes_noise()) make_normals<T>(call, item, normals);
+    const StepWeights<R> w = weights_of<R>(call, plan, item.sample);
+    if (!any) continue;
+    each<kStepVectors>([&](int k) {
+      if (!is_whole(k)) return;
+      at.element = item.first + k * item.stride;
+      plain_step<R, T, O>(call, w, at, x[k], output[k], unconditional[k], normals, k);
+    });
+    visit_vectors<W>(call, plan, item, [&](const VectorPlace& at, int k) {
+      if (at.whole) return;
+      load_operand(call.operand[kSample], at, x[0]), load_operand(call.operand[kOutput], at, output[0]);
+      load_operand(call.operand[kUnconditional], at, unconditional[0]);
+      plain_step<R, T, O>(call, w, at, x[0], output[0], unconditional[0], normals, k);
+    });
+  }
 }
 
 template <class R, class T, class O>
@@ -249,89 +341,39 @@ PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, cons
   load_operand(call.operand[kHistory3], at, h3), load_operand(call.operand[kLast], at, last);
   load_operand(call.operand[kNoise], at, noise);
 
-  const auto each = [](const auto& body) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) body(i);
-  };
   R x[W], m[W], d[W], result[W];
-  each([&](int i) { x[i] = loaded<R>(samples.v[i]), m[i] = loaded<R>(output.v[i]); });
+  each<W>([&](int i) { x[i] = loaded<R>(samples.get(i)), m[i] = loaded<R>(output.get(i)); });
   if (call.has(kUnconditional))
-    each([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.v[i])); });
-  each([&](int i) {
-    m[i] = m[i] * w.factor;
-    d[i] = math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])) * w.shrink;
-  });
+    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.get(i))); });
+  if (call.adjust) each<W>([&](int i) { m[i] = m[i] * w.factor; });
+  if (call.clips() || call.has(kDenoised) || call.has(kKept) || call.has(kLast))
+    each<W>([&](int i) { d[i] = math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])); });
+  if (call.adjust) each<W>([&](int i) { d[i] = d[i] * w.shrink; });
   store_operand<T>(call.operand[kDenoised], at, d);
   if (call.has(kLast)) {
-    each([&](int i) { x[i] = M::fma(w.last_d, d[i], loaded<R>(last.v[i]) * w.last_x); });
-    if (call.has(kHistory1)) each([&](int i) { x[i] = M::fma(w.last_h1, loaded<R>(h1.v[i]), x[i]); });
-    if (call.has(kHistory2)) each([&](int i) { x[i] = M::fma(w.last_h2, loaded<R>(h2.v[i]), x[i]); });
+    each<W>([&](int i) { x[i] = M::fma(w.last_d, d[i], loaded<R>(last.get(i)) * w.last_x); });
+    if (call.has(kHistory1)) each<W>([&](int i) { x[i] = M::fma(w.last_h1, loaded<R>(h1.get(i)), x[i]); });
+    if (call.has(kHistory2)) each<W>([&](int i) { x[i] = M::fma(w.last_h2, loaded<R>(h2.get(i)), x[i]); });
   }
   store_operand<T>(call.operand[kCorrected], at, x);
   if (call.has(kKept)) {
-    each([&](int i) { result[i] = M::fma(w.keep_d, d[i], M::fma(w.keep_m, m[i], x[i] * w.keep_x)); });
+    each<W>([&](int i) { result[i] = M::fma(w.keep_d, d[i], M::fma(w.keep_m, m[i], x[i] * w.keep_x)); });
     store_operand<T>(call.operand[kKept], at, result);
   }
-  each([&](int i) { result[i] = m[i] * w.m; });
-  if (w.d != R(0)) each([&](int i) { result[i] = M::fma(w.d, d[i], result[i]); });
-  each([&](int i) { result[i] = M::fma(w.x, x[i], result[i]); });
-  if (call.has(kHistory1)) each([&](int i) { result[i] = M::fma(w.h1, loaded<R>(h1.v[i]), result[i]); });
-  if (call.has(kHistory2)) each([&](int i) { result[i] = M::fma(w.h2, loaded<R>(h2.v[i]), result[i]); });
-  if (call.has(kHistory3)) each([&](int i) { result[i] = M::fma(w.h3, loaded<R>(h3.v[i]), result[i]); });
+  each<W>([&](int i) { result[i] = m[i] * w.m; });
+  if (w.d != R(0)) each<W>([&](int i) { result[i] = M::fma(w.d, d[i], result[i]); });
+  each<W>([&](int i) { result[i] = M::fma(w.x, x[i], result[i]); });
+  if (call.has(kHistory1)) each<W>([&](int i) { result[i] = M::fma(w.h1, loaded<R>(h1.get(i)), result[i]); });
+  if (call.has(kHistory2)) each<W>([&](int i) { result[i] = M::fma(w.h2, loaded<R>(h2.get(i)), result[i]); });
+  if (call.has(kHistory3)) each<W>([&](int i) { result[i] = M::fma(w.h3, loaded<R>(h3.get(i)), result[i]); });
   if (made || call.has(kNoise))
-    each([&](int i) {
-      const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.v[i]);
-      const R deviation = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.v[i])) : w.z;
+    each<W>([&](int i) {
+      const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.get(i));
+      const R deviation = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.get(i))) : w.z;
       result[i] = M::fma(deviation, of_noise, result[i]);
     });
   store_operand<T>(call.operand[kNext], at, result);
-  if (!call.has(kModelInput)) return;
-  ModelVector<T, O> input;
-  each([&](int i) { input.v[i] = stored<O>(result[i] * w.input); });
-  O* p = static_cast<O*>(call.operand[kModelInput].data) + (call.model_input_at(at.sample, 0) + at.element);
-  for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) store_vector(p, at, input);
-}
-
-inline bool is_plain(const StepCall& call) {
-  bool plain = !call.draws && !call.key && !call.adjust;
-  for (const int k : {kHistory1, kHistory2, kHistory3, kLast, kNoise, kDenoised, kKept, kCorrected, kModelInput})
-    plain = plain && !call.has(k);
-  return plain;
-}
-
-template <class T, class O>
-__global__ void __launch_bounds__(kStepBlock, 2) plain_step_kernel(StepCall call, StepPlan plan) {
-  using R = Arithmetic<T>;
-  constexpr int W = kWidth<T>;
-  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
-    StepItem item;
-    const bool any = find_item<W>(call, plan, block, item);
-    const bool whole = any && plan.aligned && !plan.split &&
-                       item.first + (kStepVectors - 1) * item.stride + W <= item.limit;
-    SampleVector<T> x[kStepVectors];
-    ModelVector<T, O> output[kStepVectors], unconditional[kStepVectors];
-    VectorPlace at{item.sample, item.first, 0, W, true};
-    if (whole) {
-#pragma unroll
-      for (int k = 0; k < kStepVectors; ++k, at.element += kKeyedStride) {
-        load_operand(call.operand[kSample], at, x[k]), load_operand(call.operand[kOutput], at, output[k]);
-        load_operand(call.operand[kUnconditional], at, unconditional[k]);
-      }
-    }
-    const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
-    if (whole) {
-      at.element = item.first;
-#pragma unroll
-      for (int k = 0; k < kStepVectors; ++k, at.element += kKeyedStride)
-        plain_step<R, T, O>(call, w, at, x[k], output[k], unconditional[k]);
-    } else if (any) {
-      visit_vectors<W>(call, plan, item, [&](const VectorPlace& at, int) {
-        load_operand(call.operand[kSample], at, x[0]), load_operand(call.operand[kOutput], at, output[0]);
-        load_operand(call.operand[kUnconditional], at, unconditional[0]);
-        plain_step<R, T, O>(call, w, at, x[0], output[0], unconditional[0]);
-      });
-    }
-  }
+  store_model_input<O>(call, w, at, result);
 }
 
 // visit(place, weights, vector) for every vector of every item, with its normals made before where `made`.
@@ -353,8 +395,7 @@ PYPERF_DEVICE void visit_items(const StepCall& call, const StepPlan& plan, bool 
     } else {
       const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
       if (any)
-        visit_vectors<kWidth<T>>(call, plan, item,
-                                 [&](const VectorPlace& at, int vector) { visit(at, w, vector); });
+        visit_vectors<kWidth<T>>(call, plan, item, [&](const VectorPlace& at, int vector) { visit(at, w, vector); });
     }
   }
 }
@@ -363,7 +404,7 @@ template <bool kOwnWeights, class T, class O>
 __global__ void __launch_bounds__(kStepBlock, kOwnWeights ? 1 : 2) full_step_kernel(StepCall call, StepPlan plan) {
   using R = Arithmetic<T>;
   __shared__ Normals<kWidth<T>> normals;
-  const bool made = call.draws || call.key;
+  const bool made = call.makes_noise();
   visit_items<kOwnWeights, T>(call, plan, made, normals,
                               [&](const VectorPlace& at, const StepWeights<R>& w, int vector) {
                                 full_step<R, T, O>(call, w, at, made, normals, vector);
@@ -386,73 +427,68 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
     load_operand(call.operand[kSample], at, samples), load_operand(call.operand[kOutput], at, output);
     load_operand(call.operand[kUnconditional], at, unconditional);
   }
-  load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
-
-  const auto each = [](const auto& body) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) body(i);
-  };
   R next[W], kept[W], x[W], d[W], m[W], result[W];
-  each([&](int i) { next[i] = kept[i] = R(0); });
-  if (of(kNext).data) each([&](int i) { next[i] = loaded<R>(of_next.v[i]); });
+  each<W>([&](int i) { next[i] = kept[i] = R(0); });
+  if (of(kNext).data) each<W>([&](int i) { next[i] = loaded<R>(of_next.get(i)); });
   if (of(kModelInput).data) {
     const O* p = static_cast<const O*>(of(kModelInput).data) + (call.model_input_at(at.sample, 0) + at.element);
-    each([&](int i) { result[i] = R(0); });
+    each<W>([&](int i) { result[i] = R(0); });
     for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) {
       load_vector(p, at, of_input);
-      each([&](int i) { result[i] = result[i] + loaded<R>(of_input.v[i]); });
+      each<W>([&](int i) { result[i] = result[i] + loaded<R>(of_input.get(i)); });
     }
-    each([&](int i) { next[i] = M::fma(w.input, result[i], next[i]); });
+    each<W>([&](int i) { next[i] = M::fma(w.input, result[i], next[i]); });
   }
-  if (of(kKept).data) each([&](int i) { kept[i] = loaded<R>(of_kept.v[i]); });
-  each([&](int i) {
+  if (of(kKept).data) each<W>([&](int i) { kept[i] = loaded<R>(of_kept.get(i)); });
+  each<W>([&](int i) {
     x[i] = M::fma(w.x, next[i], kept[i] * w.keep_x);
     d[i] = M::fma(w.d, next[i], kept[i] * w.keep_d);
   });
-  if (of(kCorrected).data) each([&](int i) { x[i] = x[i] + loaded<R>(of_corrected.v[i]); });
-  if (of(kDenoised).data) each([&](int i) { d[i] = d[i] + loaded<R>(of_denoised.v[i]); });
-  if (call.corrects) each([&](int i) { d[i] = M::fma(w.last_d, x[i], d[i]); });
+  if (of(kCorrected).data) each<W>([&](int i) { x[i] = x[i] + loaded<R>(of_corrected.get(i)); });
+  if (of(kDenoised).data) each<W>([&](int i) { d[i] = d[i] + loaded<R>(of_denoised.get(i)); });
+  if (call.corrects) each<W>([&](int i) { d[i] = M::fma(w.last_d, x[i], d[i]); });
   if (call.clips())
-    each([&](int i) {
-      R m = loaded<R>(output.v[i]);
-      if (call.guided) m = math::guided<M>(w, m, loaded<R>(unconditional.v[i]));
-      const R value = math::unclipped<M>(w, loaded<R>(samples.v[i]), m);
+    each<W>([&](int i) {
+      R m = loaded<R>(output.get(i));
+      if (call.guided) m = math::guided<M>(w, m, loaded<R>(unconditional.get(i)));
+      const R value = math::unclipped<M>(w, loaded<R>(samples.get(i)), m);
       d[i] = M::at_least(value, w.low) && M::at_least(w.high, value) ? d[i] : R(0);
     });
-  each([&](int i) { m[i] = M::fma(w.m, next[i], M::fma(w.keep_m, kept[i], d[i] * w.q)); });
+  each<W>([&](int i) { m[i] = M::fma(w.m, next[i], M::fma(w.keep_m, kept[i], d[i] * w.q)); });
 
   if (grads.of_input[kSample].data) {
-    each([&](int i) { result[i] = call.corrects ? d[i] * w.p : d[i] * w.p + x[i]; });
+    each<W>([&](int i) { result[i] = call.corrects ? d[i] * w.p : d[i] * w.p + x[i]; });
     store_operand<T>(grads.of_input[kSample], at, result);
   }
-  each([&](int i) { result[i] = call.guided ? m[i] * w.guidance : m[i]; });
+  each<W>([&](int i) { result[i] = call.guided ? m[i] * w.guidance : m[i]; });
   store_operand<O>(grads.of_input[kOutput], at, result);
   if (call.guided && grads.of_input[kUnconditional].data) {
-    each([&](int i) { result[i] = m[i] - result[i]; });
+    each<W>([&](int i) { result[i] = m[i] - result[i]; });
     store_operand<O>(grads.of_input[kUnconditional], at, result);
   }
   const auto of_history = [&](int k, R of_next, R of_last) {
     if (!grads.of_input[k].data) return;
-    each([&](int i) { result[i] = M::fma(of_next, next[i], (call.corrects ? x[i] : R(0)) * of_last); });
+    each<W>([&](int i) { result[i] = M::fma(of_next, next[i], (call.corrects ? x[i] : R(0)) * of_last); });
     store_operand<T>(grads.of_input[k], at, result);
   };
   of_history(kHistory1, w.h1, w.last_h1), of_history(kHistory2, w.h2, w.last_h2);
   const auto of_product = [&](int k, const R(&v)[W], R weight) {
     if (!grads.of_input[k].data) return;
-    each([&](int i) { result[i] = v[i] * weight; });
+    each<W>([&](int i) { result[i] = v[i] * weight; });
     store_operand<T>(grads.of_input[k], at, result);
   };
   of_product(kHistory3, next, w.h3), of_product(kLast, x, w.last_x);
   if (!grads.of_input[kNoise].data && !grads.of_input[kVariance].data) return;
+  load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
   R deviation[W];
-  each([&](int i) {
-    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.v[i])) : w.z;
+  each<W>([&](int i) {
+    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.get(i))) : w.z;
     result[i] = next[i] * deviation[i];
   });
   store_operand<T>(grads.of_input[kNoise], at, result);
   if (!grads.of_input[kVariance].data) return;
-  each([&](int i) {
-    const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.v[i]);
+  each<W>([&](int i) {
+    const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.get(i));
     result[i] = next[i] * of_noise * deviation[i] * w.log_deviation_slope;
   });
   store_operand<O>(grads.of_input[kVariance], at, result);
@@ -463,7 +499,7 @@ __global__ void __launch_bounds__(kStepBlock, kOwnWeights ? 1 : 2)
     step_backward_kernel(StepCall call, StepGradients grads, StepPlan plan) {
   using R = Arithmetic<T>;
   __shared__ Normals<kWidth<T>> normals;
-  const bool made = (call.draws || call.key) && grads.of_input[kVariance].data;
+  const bool made = call.makes_noise() && grads.of_input[kVariance].data;
   visit_items<kOwnWeights, T>(call, plan, made, normals,
                               [&](const VectorPlace& at, const StepWeights<R>& w, int vector) {
                                 step_gradients<R, T, O>(call, grads, w, at, made, normals, vector);
@@ -522,8 +558,8 @@ inline StepPlan plan_of(const StepCall& call, const StepGradients* grads, int64_
     return plan;
   }
   plan.split = call.samples * pieces(call.sample_size, width) <= few;
-  const int64_t items = plan.split ? pieces(call.sample_size, width)
-                                   : pieces(call.sample_size, kKeyedGroup) * (kKeyedStride / width);
+  const int64_t items =
+      plan.split ? pieces(call.sample_size, width) : pieces(call.sample_size, kKeyedGroup) * (kKeyedStride / width);
   plan.lanes = kFewestLanes;
   while (plan.lanes < kBlockLanes && (int64_t(1) << plan.lanes) < items) ++plan.lanes;
   plan.tiles = pieces(items, int64_t(1) << plan.lanes);

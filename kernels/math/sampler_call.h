@@ -96,6 +96,7 @@ struct StepCall {
   int64_t threads;
 
   PYPERF_HD bool has(int k) const { return operand[k].data != nullptr; }
+  PYPERF_HD bool makes_noise() const { return draws || key; }
   PYPERF_HD bool clips() const { return adjust || low > -__builtin_huge_val() || high < __builtin_huge_val(); }
   PYPERF_HD int64_t row_of(int64_t sample) const { return step ? step[sample % steps] : row; }
   PYPERF_HD double guidance_of(int64_t sample) const {
