@@ -233,8 +233,9 @@ void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sa
                      !o.corrected && !o.model_input && !call.adjust;
   const auto pick = [&] {
     if (!plain) return &full_step<R, T, O>;
-    if (o.unconditional) return call.clips() ? &plain_step<true, true, R, T, O> : &plain_step<true, false, R, T, O>;
-    return call.clips() ? &plain_step<false, true, R, T, O> : &plain_step<false, false, R, T, O>;
+    const bool clipped = w.d != R(0);
+    if (o.unconditional) return clipped ? &plain_step<true, true, R, T, O> : &plain_step<true, false, R, T, O>;
+    return clipped ? &plain_step<false, true, R, T, O> : &plain_step<false, false, R, T, O>;
   };
   const auto pass = pick();
   in_vectors<StepBlock<R>::kElements>(

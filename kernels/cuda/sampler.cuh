@@ -276,7 +276,7 @@ PYPERF_DEVICE void plain_step(const StepCall& call, const StepWeights<R>& w, con
   if (call.has(kUnconditional))
     each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.get(i))); });
   each<W>([&](int i) { next[i] = m[i] * w.m; });
-  if (call.clips())
+  if (w.d != R(0))
     each<W>([&](int i) { next[i] = M::fma(w.d, math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])), next[i]); });
   each<W>([&](int i) { next[i] = M::fma(w.x, x[i], next[i]); });
   if (call.makes_noise()) each<W>([&](int i) { next[i] = M::fma(w.z, R(normals.at(vector, i)), next[i]); });
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kStepBlock, 2) plain_step_kernel(StepCall call
       load_operand(call.operand[kUnconditional], at, unconditional[k]);
     });
     if (any && call.makes_noise()) make_normals<T>(call, item, normals);
-    const StepWeights<R> w = weights_of<R>(call, plan, item.sample);
+    const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
     if (!any) continue;
     each<kStepVectors>([&](int k) {
       if (!is_whole(k)) return;

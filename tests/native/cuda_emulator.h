@@ -7,6 +7,7 @@
 #error "cuda_emulator.h replaces the CUDA compiler"
 #endif
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -279,6 +280,7 @@ inline uint32_t __vmaxs2(uint32_t a, uint32_t b) {
   const uint32_t low = int16_t(a) > int16_t(b) ? a : b;
   return (high & 0xffff0000u) | (low & 0xffffu);
 }
+inline void __sincosf(float angle, float* sine, float* cosine) { *sine = sinf(angle), *cosine = cosf(angle); }
 inline void __syncthreads() { emulator::yield_as(emulator::State::at_block_barrier); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulator::warp_barrier(mask); }
 
