@@ -31,24 +31,57 @@ constexpr int kFewestLanes = 3;
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// What a thread moves in one access. Those of 16 bits stay in pairs, as each alone would take a register.
+// What a thread moves in one access. Those of 16 bits stay in pairs, as each alone would take a register, and go from
+// and to floats by instructions for which half.h takes several: the time of a step is that of the memory, if barely.
 template <class S, int kWidth>
 struct alignas(sizeof(S) * kWidth) Neighbours {
-  using Word = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
+  static constexpr bool kPairs = sizeof(S) == 2;
+  using Word = std::conditional_t<kPairs, uint32_t, S>;
   Word words[kWidth * sizeof(S) / sizeof(Word)];
 
   PYPERF_DEVICE S get(int i) const {
-    if constexpr (sizeof(S) == 2)
+    if constexpr (kPairs)
       return {uint16_t(words[i / 2] >> i % 2 * 16)};
     else
       return words[i];
   }
   // In ascending order.
   PYPERF_DEVICE void put(int i, S s) {
-    if constexpr (sizeof(S) == 2)
+    if constexpr (kPairs)
       words[i / 2] = i % 2 ? words[i / 2] | uint32_t(s.bits) << 16 : s.bits;
     else
       words[i] = s;
+  }
+
+  template <class R>
+  PYPERF_DEVICE R value(int i) const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<S, Float16>) {
+      float v;
+      asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(get(i).bits));
+      return R(v);
+    }
+#endif
+    return loaded<R>(get(i));
+  }
+  // Rounded; NaN becomes any.
+  template <class R>
+  PYPERF_DEVICE void set(const R (&values)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+      if constexpr (kPairs) {
+        if (i % 2) continue;
+        const float low = float(values[i]), high = float(values[i + 1]);
+        if constexpr (std::is_same_v<S, Float16>)
+          asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[i / 2]) : "f"(high), "f"(low));
+        else
+          asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i / 2]) : "f"(high), "f"(low));
+        continue;
+      }
+#endif
+      put(i, stored<S>(values[i]));
+    }
   }
 };
 
@@ -146,8 +179,11 @@ PYPERF_DEVICE void make_normals(const StepCall& call, const StepItem& item, Norm
       if (!wanted[pair]) continue;
       float first, second;
       if (call.draws) {
-        generator_pair(words[2 * pair], words[2 * pair + 1], first, second);
-        first = float(stored<T>(first)), second = float(stored<T>(second));
+        float drawn[2];
+        generator_pair(words[2 * pair], words[2 * pair + 1], drawn[0], drawn[1]);
+        Neighbours<T, 2> rounded;
+        rounded.set(drawn);
+        first = rounded.template value<float>(0), second = rounded.template value<float>(1);
       } else {
         math::normal_pair<M>(words[2 * pair], words[2 * pair + 1], first, second);
       }
@@ -197,8 +233,7 @@ template <class S, int kWidth, class R>
 PYPERF_DEVICE void store_operand(const Elements& e, const VectorPlace& at, const R (&values)[kWidth]) {
   if (!e.data) return;
   Neighbours<S, kWidth> v;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) v.put(i, stored<S>(values[i]));
+  v.set(values);
   store_vector(place_in<S>(e, at), at, v);
 }
 
@@ -259,8 +294,11 @@ PYPERF_DEVICE void store_model_input(const StepCall& call, const StepWeights<R>&
                                      const R (&next)[kWidth]) {
   if (!call.has(kModelInput)) return;
   Neighbours<O, kWidth> input;
-  each<kWidth>([&](int i) { input.put(i, stored<O>(next[i] * w.input)); });
+  R scaled[kWidth];
+  each<kWidth>([&](int i) { scaled[i] = next[i] * w.input; });
+  input.set(scaled);
   O* p = static_cast<O*>(call.operand[kModelInput].data) + (call.model_input_at(at.sample, 0) + at.element);
+#pragma unroll 1
   for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) store_vector(p, at, input);
 }
 
@@ -272,9 +310,9 @@ PYPERF_DEVICE void plain_step(const StepCall& call, const StepWeights<R>& w, con
   using M = ScalarMachine<R>;
   constexpr int W = kWidth<T>;
   R x[W], m[W], next[W];
-  each<W>([&](int i) { x[i] = loaded<R>(samples.get(i)), m[i] = loaded<R>(output.get(i)); });
+  each<W>([&](int i) { x[i] = samples.template value<R>(i), m[i] = output.template value<R>(i); });
   if (call.has(kUnconditional))
-    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.get(i))); });
+    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], unconditional.template value<R>(i)); });
   each<W>([&](int i) { next[i] = m[i] * w.m; });
   if (w.d != R(0))
     each<W>([&](int i) { next[i] = M::fma(w.d, math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])), next[i]); });
@@ -342,18 +380,18 @@ PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, cons
   load_operand(call.operand[kNoise], at, noise);
 
   R x[W], m[W], d[W], result[W];
-  each<W>([&](int i) { x[i] = loaded<R>(samples.get(i)), m[i] = loaded<R>(output.get(i)); });
+  each<W>([&](int i) { x[i] = samples.template value<R>(i), m[i] = output.template value<R>(i); });
   if (call.has(kUnconditional))
-    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], loaded<R>(unconditional.get(i))); });
+    each<W>([&](int i) { m[i] = math::guided<M>(w, m[i], unconditional.template value<R>(i)); });
   if (call.adjust) each<W>([&](int i) { m[i] = m[i] * w.factor; });
   if (call.clips() || call.has(kDenoised) || call.has(kKept) || call.has(kLast))
     each<W>([&](int i) { d[i] = math::clipped<M>(w, math::unclipped<M>(w, x[i], m[i])); });
   if (call.adjust) each<W>([&](int i) { d[i] = d[i] * w.shrink; });
   store_operand<T>(call.operand[kDenoised], at, d);
   if (call.has(kLast)) {
-    each<W>([&](int i) { x[i] = M::fma(w.last_d, d[i], loaded<R>(last.get(i)) * w.last_x); });
-    if (call.has(kHistory1)) each<W>([&](int i) { x[i] = M::fma(w.last_h1, loaded<R>(h1.get(i)), x[i]); });
-    if (call.has(kHistory2)) each<W>([&](int i) { x[i] = M::fma(w.last_h2, loaded<R>(h2.get(i)), x[i]); });
+    each<W>([&](int i) { x[i] = M::fma(w.last_d, d[i], last.template value<R>(i) * w.last_x); });
+    if (call.has(kHistory1)) each<W>([&](int i) { x[i] = M::fma(w.last_h1, h1.template value<R>(i), x[i]); });
+    if (call.has(kHistory2)) each<W>([&](int i) { x[i] = M::fma(w.last_h2, h2.template value<R>(i), x[i]); });
   }
   store_operand<T>(call.operand[kCorrected], at, x);
   if (call.has(kKept)) {
@@ -363,13 +401,13 @@ PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, cons
   each<W>([&](int i) { result[i] = m[i] * w.m; });
   if (w.d != R(0)) each<W>([&](int i) { result[i] = M::fma(w.d, d[i], result[i]); });
   each<W>([&](int i) { result[i] = M::fma(w.x, x[i], result[i]); });
-  if (call.has(kHistory1)) each<W>([&](int i) { result[i] = M::fma(w.h1, loaded<R>(h1.get(i)), result[i]); });
-  if (call.has(kHistory2)) each<W>([&](int i) { result[i] = M::fma(w.h2, loaded<R>(h2.get(i)), result[i]); });
-  if (call.has(kHistory3)) each<W>([&](int i) { result[i] = M::fma(w.h3, loaded<R>(h3.get(i)), result[i]); });
+  if (call.has(kHistory1)) each<W>([&](int i) { result[i] = M::fma(w.h1, h1.template value<R>(i), result[i]); });
+  if (call.has(kHistory2)) each<W>([&](int i) { result[i] = M::fma(w.h2, h2.template value<R>(i), result[i]); });
+  if (call.has(kHistory3)) each<W>([&](int i) { result[i] = M::fma(w.h3, h3.template value<R>(i), result[i]); });
   if (made || call.has(kNoise))
     each<W>([&](int i) {
-      const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.get(i));
-      const R deviation = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.get(i))) : w.z;
+      const R of_noise = made ? R(normals.at(vector, i)) : noise.template value<R>(i);
+      const R deviation = call.has(kVariance) ? math::deviation<M>(w, variance.template value<R>(i)) : w.z;
       result[i] = M::fma(deviation, of_noise, result[i]);
     });
   store_operand<T>(call.operand[kNext], at, result);
@@ -429,29 +467,29 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
   }
   R next[W], kept[W], x[W], d[W], m[W], result[W];
   each<W>([&](int i) { next[i] = kept[i] = R(0); });
-  if (of(kNext).data) each<W>([&](int i) { next[i] = loaded<R>(of_next.get(i)); });
+  if (of(kNext).data) each<W>([&](int i) { next[i] = of_next.template value<R>(i); });
   if (of(kModelInput).data) {
     const O* p = static_cast<const O*>(of(kModelInput).data) + (call.model_input_at(at.sample, 0) + at.element);
     each<W>([&](int i) { result[i] = R(0); });
     for (int64_t copy = 0; copy < call.copies; ++copy, p += call.group * call.sample_size) {
       load_vector(p, at, of_input);
-      each<W>([&](int i) { result[i] = result[i] + loaded<R>(of_input.get(i)); });
+      each<W>([&](int i) { result[i] = result[i] + of_input.template value<R>(i); });
     }
     each<W>([&](int i) { next[i] = M::fma(w.input, result[i], next[i]); });
   }
-  if (of(kKept).data) each<W>([&](int i) { kept[i] = loaded<R>(of_kept.get(i)); });
+  if (of(kKept).data) each<W>([&](int i) { kept[i] = of_kept.template value<R>(i); });
   each<W>([&](int i) {
     x[i] = M::fma(w.x, next[i], kept[i] * w.keep_x);
     d[i] = M::fma(w.d, next[i], kept[i] * w.keep_d);
   });
-  if (of(kCorrected).data) each<W>([&](int i) { x[i] = x[i] + loaded<R>(of_corrected.get(i)); });
-  if (of(kDenoised).data) each<W>([&](int i) { d[i] = d[i] + loaded<R>(of_denoised.get(i)); });
+  if (of(kCorrected).data) each<W>([&](int i) { x[i] = x[i] + of_corrected.template value<R>(i); });
+  if (of(kDenoised).data) each<W>([&](int i) { d[i] = d[i] + of_denoised.template value<R>(i); });
   if (call.corrects) each<W>([&](int i) { d[i] = M::fma(w.last_d, x[i], d[i]); });
   if (call.clips())
     each<W>([&](int i) {
-      R m = loaded<R>(output.get(i));
-      if (call.guided) m = math::guided<M>(w, m, loaded<R>(unconditional.get(i)));
-      const R value = math::unclipped<M>(w, loaded<R>(samples.get(i)), m);
+      R m = output.template value<R>(i);
+      if (call.guided) m = math::guided<M>(w, m, unconditional.template value<R>(i));
+      const R value = math::unclipped<M>(w, samples.template value<R>(i), m);
       d[i] = M::at_least(value, w.low) && M::at_least(w.high, value) ? d[i] : R(0);
     });
   each<W>([&](int i) { m[i] = M::fma(w.m, next[i], M::fma(w.keep_m, kept[i], d[i] * w.q)); });
@@ -482,13 +520,13 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
   load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
   R deviation[W];
   each<W>([&](int i) {
-    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, loaded<R>(variance.get(i))) : w.z;
+    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, variance.template value<R>(i)) : w.z;
     result[i] = next[i] * deviation[i];
   });
   store_operand<T>(grads.of_input[kNoise], at, result);
   if (!grads.of_input[kVariance].data) return;
   each<W>([&](int i) {
-    const R of_noise = made ? R(normals.at(vector, i)) : loaded<R>(noise.get(i));
+    const R of_noise = made ? R(normals.at(vector, i)) : noise.template value<R>(i);
     result[i] = next[i] * of_noise * deviation[i] * w.log_deviation_slope;
   });
   store_operand<O>(grads.of_input[kVariance], at, result);

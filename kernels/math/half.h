@@ -1,5 +1,4 @@
-// 16-bit floats as storage: read to float, round to nearest even on the way back. The same bits on CPU and CUDA, where
-// the instructions for it stand: without them halves would cost more than what is computed of them.
+// 16-bit floats as storage: read to float, round to nearest even on the way back. The same bits on CPU and CUDA.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +23,9 @@ struct BFloat16 {
   uint16_t bits;
 
   PYPERF_HD static BFloat16 from(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    uint16_t rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-    return {value == value ? rounded : uint16_t(0x7fc0)};
-#else
     const uint32_t b = bits_from_float(value);
     if ((b & 0x7fffffffu) > 0x7f800000u) return {uint16_t(0x7fc0)};
     return {uint16_t((b + 0x7fffu + ((b >> 16) & 1)) >> 16)};
-#endif
   }
   PYPERF_HD operator float() const { return float_from_bits(uint32_t(bits) << 16); }
 };
@@ -41,11 +34,6 @@ struct Float16 {
   uint16_t bits;
 
   PYPERF_HD static Float16 from(float value) {
-#if defined(__CUDA_ARCH__)
-    uint16_t rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-    return {value == value ? rounded : uint16_t(0x7e00)};
-#else
     const uint32_t b = bits_from_float(value);
     const uint32_t sign = (b >> 16) & 0x8000u;
     const uint32_t magnitude = b & 0x7fffffffu;
@@ -57,20 +45,13 @@ struct Float16 {
     }
     const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1);
     return {uint16_t(sign | (rounded >> 13))};
-#endif
   }
   PYPERF_HD operator float() const {
-#if defined(__CUDA_ARCH__)
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#else
     const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
     const uint32_t magnitude = bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     const float scaled = float_from_bits(magnitude << 13) * 5.192296858534828e33f;  // 2^112, exact
     return float_from_bits(sign | bits_from_float(scaled));
-#endif
   }
 };
 

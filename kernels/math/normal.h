@@ -27,7 +27,15 @@ struct Words<ScalarMachine<float>> {
 
   PYPERF_HD static Wide of(uint32_t w) { return w; }
   PYPERF_HD static Wide from(uint32_t w) { return w; }
-  PYPERF_HD static Wide product(Wide a, uint32_t w) { return uint64_t(uint32_t(a)) * w; }
+  PYPERF_HD static Wide product(Wide a, uint32_t w) {
+#if defined(__CUDA_ARCH__)
+    Wide wide;  // nvcc adds the product of the upper halves, which are 0
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(wide) : "r"(uint32_t(a)), "r"(w));
+    return wide;
+#else
+    return uint64_t(uint32_t(a)) * w;
+#endif
+  }
   PYPERF_HD static Wide upper(Wide a) { return a >> 32; }
   PYPERF_HD static Word narrow(Wide a) { return Word(a); }
   PYPERF_HD static Word signs(Word a) { return Word(int32_t(a) >> 31); }
