@@ -1,5 +1,6 @@
 // Steps of samplers on CUDA.
 #include "../kernels/cuda/sampler.cuh"
+#include "../kernels/cuda/sampler_adjustments.cuh"
 #include "common/cuda.h"
 #include "sampler.h"
 
@@ -23,6 +24,10 @@ void set_threads(StepCall& call, const Tensor& like) {
 
 struct OnCuda {
   static constexpr bool kDraws = true;
+  static void adjustments(const AdjustmentCall& call, const Tensor& like) {
+    const CudaCall current(like);
+    require_launched("sampler_adjustments", sampler::adjustments(call, current.stream));
+  }
   static void noise(StepCall& call, const Tensor& out) {
     const CudaCall current(out);
     set_threads(call, out);

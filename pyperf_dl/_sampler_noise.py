@@ -10,6 +10,7 @@ import torch
 from . import _backend, _checks
 from ._autograd import _are_functorch_transforms_active
 
+_LARGEST = 2**31 - 1  # bytes of a tensor that torch.randn does not fill in pieces
 _same_numbers: dict[int, bool] = {}  # by CUDA device: whether the kernel draws what torch.randn does
 
 
@@ -26,10 +27,10 @@ class GeneratorState:
         self.taken = 0
 
     def next_offset(self, x: torch.Tensor) -> int:
-        if x.dtype == torch.float64 or not draws_like_torch(x.device):
+        if x.dtype == torch.float64 or x.numel() * x.itemsize > _LARGEST or not draws_like_torch(x.device):
             raise RuntimeError(
                 "Sampler.sample: noise of a generator can't be captured here, for the kernel does not draw the numbers "
-                f"of torch.randn in {x.dtype} on this device; pass key= instead"
+                f"of torch.randn for {_checks.described(x)}; pass key= instead"
             )
         offset = self.taken
         self.taken += _offset_taken(x.numel(), _index(x.device))
@@ -93,7 +94,7 @@ def generator_state(x: torch.Tensor, generator: Any) -> tuple[torch.Tensor, int]
         not x.is_cuda
         or x.dtype == torch.float64  # another stream of numbers
         or isinstance(generator, list)
-        or x.numel() == 0
+        or not 0 < x.numel() * x.itemsize <= _LARGEST
         or torch.compiler.is_compiling()
         or _are_functorch_transforms_active()
         or _backend.serving(x) != "native"

@@ -42,6 +42,13 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+// Threads run one at a time.
+inline int atomicAdd(int* place, int v) {
+  const int before = *place;
+  *place += v;
+  return before;
+}
+
 inline cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   *pointer = malloc(bytes ? bytes : 1);
   return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../kernels/cuda/sampler.cuh"
+#include "../../kernels/cuda/sampler_adjustments.cuh"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -316,6 +317,27 @@ void check_drawn_noise(int64_t samples, int64_t size, int kind) {
     }
 }
 
+// Quantiles are the CPU's but for what sums of another order make of the factor.
+void check_adjustments(int64_t samples, int64_t size, int kind) {
+  Problem p(samples, size, kind, true);
+  for (const int k : {kSample, kOutput}) p.give(k);
+  if (coin()) p.give(kUnconditional);
+  AdjustmentCall call{};
+  call.step = p.call;
+  constexpr double kQuantiles[] = {0, 0.3, 0.95, 1}, kLargest[] = {1.25, HUGE_VAL};
+  call.rescale = coin() ? 0.6 : 0, call.quantile = kQuantiles[below(4)], call.largest = kLargest[below(2)];
+  std::vector<double> memory(samples * size), got(2 * samples, -1.0), want(2 * samples, -2.0);
+  call.memory = memory.data(), call.out = want.data();
+  baseline::adjustments(call, OneThread());
+  call.out = got.data();
+  check(adjustments(call, nullptr) == cudaSuccess, "launch", 0, 0);
+  const double unit = storage_bytes(call.step.type) == 2 ? 1e-5 : 1e-13;
+  for (int64_t i = 0; i < 2 * samples; ++i) {
+    const bool same = got[i] == want[i] || (got[i] != got[i] && want[i] != want[i]);
+    check(same || std::fabs(got[i] - want[i]) <= unit * std::fabs(want[i]), "adjustment", got[i], want[i]);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -332,6 +354,7 @@ int main(int argc, char** argv) {
         check_gradients(samples, size, kind);
         check_keyed_noise(samples, size, kind);
         check_drawn_noise(samples, size, kind);
+        check_adjustments(samples, size, kind);
       }
     for (int kind = 0; kind < 6; ++kind) {
       check_step(1, 40000 + below(100), kind);
