@@ -649,11 +649,9 @@ inline cudaError_t step_backward(const StepCall& call, const StepGradients& grad
 
 inline cudaError_t noise(const StepCall& call, cudaStream_t stream, int64_t few = kFewVectors) {
   const StepPlan plan = plan_of(call, nullptr, few);
-  cudaError_t error = cudaSuccess;
-  with_storage(call.type, [&](auto t) {
-    error = cuda::launch(&noise_kernel<decltype(t)>, plan.blocks, kStepBlock, 0, stream, call, plan);
+  return with_types(call, [&](auto t, auto) {
+    return cuda::launch(&noise_kernel<decltype(t)>, plan.blocks, kStepBlock, 0, stream, call, plan);
   });
-  return error;
 }
 
 }  // namespace pyperf::sampler
