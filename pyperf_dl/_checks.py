@@ -44,6 +44,8 @@ def number(
 ) -> float:
     """`value` as a float in [minimum, maximum] (a symbolic one passes as it is); tensors and bools are not taken for
     numbers."""
+    if type(value) is float and minimum <= value <= maximum and -math.inf < value < math.inf:
+        return value
     symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))
     if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {described(value)}")
