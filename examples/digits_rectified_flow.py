@@ -16,7 +16,8 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,7 +180,8 @@ def sample_all(net: Velocity, labels: torch.Tensor, guidance: float) -> dict[tup
         for name, calls in progress.track([(name, calls) for name in SAMPLERS for calls in CALLS]):
             table = table_of(name, calls)
             x = table.initial_scale * noise
-            samples[name, calls] = pyperf_dl.Sampler(table).sample(model, x, guidance=guidance, key=keys)
+            x = pyperf_dl.Sampler(table).sample(model, x, guidance=guidance, key=keys)
+            samples[name, calls] = x.clamp(-1, 1)
     return samples
 
 
@@ -206,13 +208,106 @@ class Judge:
 
 def print_quality(samples: dict[tuple[str, int], torch.Tensor], judge: Judge, data: Data) -> None:
     print(f"{'':<18}{'right class [%]':>24}{'Frechet distance':>30}")
-    print(f"{'model calls':<18}" + "".join(f"{calls:>8}" for calls in CALLS) + f"{CALLS[0]:>14}{CALLS[1]:>8}{CALLS[2]:>8}")
+    print(
+        f"{'model calls':<18}" + "".join(f"{calls:>8}" for calls in CALLS) + f"{CALLS[0]:>14}{CALLS[1]:>8}{CALLS[2]:>8}"
+    )
     for name in SAMPLERS:
         scores = [judge(samples[name, calls], data.test_labels) for calls in CALLS]
         accuracies, distances = ([score[i] for score in scores] for i in range(2))
-        print(f"{name:<18}" + "".join(f"{a:>8.1f}" for a in accuracies) + " " * 6 + "".join(f"{d:>8.2f}" for d in distances))
+        print(
+            f"{name:<18}"
+            + "".join(f"{a:>8.1f}" for a in accuracies)
+            + " " * 6
+            + "".join(f"{d:>8.2f}" for d in distances)
+        )
     accuracy, distance = judge(data.test, data.test_labels)
     print(f"{'real, held out':<18}{accuracy:>8.1f}{'':22}{distance:>8.2f}")
+
+
+class Between:
+    """20 steps of Euler's method on the same tensors, here and in diffusers; guided: what a loop does between calls."""
+
+    def __init__(self, shape: Sequence[int], guidance: float) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        schedule = pyperf_dl.NoiseSchedule.flow(20)
+        self.table, self.guidance = StepTable.flow_euler(schedule), guidance
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.sigmas = [level.sigma for level in schedule.levels[:-1]]
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(shape, generator=generator)
+        self.output = torch.randn([2 * shape[0], *shape[1:]], generator=generator)
+        self.reset()
+
+    def reset(self) -> None:
+        self.scheduler.set_timesteps(sigmas=self.sigmas)
+        self.scheduler.set_begin_index(0)
+
+    def ours(self) -> torch.Tensor:
+        x, output = self.x, self.output[: len(self.x)]
+        for row in range(len(self.table)):
+            x = pyperf_dl.sampler_step(x, output, self.table, row).sample
+        return x
+
+    def theirs(self) -> torch.Tensor:
+        x, output = self.x, self.output[: len(self.x)]
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+    def ours_guided(self) -> torch.Tensor:
+        x = self.x
+        for row in range(len(self.table)):
+            uncond, output = self.output.chunk(2)
+            x, _, _, inputs, _ = pyperf_dl.sampler_step(
+                x, output, self.table, row, uncond=uncond, guidance=self.guidance, model_inputs=2
+            )
+        return inputs
+
+    def theirs_guided(self) -> torch.Tensor:
+        x = self.x
+        for t in self.scheduler.timesteps:
+            uncond, output = self.output.chunk(2)
+            output = uncond + self.guidance * (output - uncond)
+            x = self.scheduler.step(output, t, x, return_dict=False)[0]
+            inputs = torch.cat([x, x])
+        return inputs
+
+
+def seconds_of(passes: Sequence[Callable[[], object]], reset: Callable[[], None], repeats: int) -> list[float]:
+    """Medians of runs in turns; the first run of each does not count."""
+    seconds: list[list[float]] = [[] for _ in passes]
+    for _ in range(repeats + 1):
+        for run, found in zip(passes, seconds, strict=True):
+            reset()
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found[1:]) for found in seconds]
+
+
+def print_times(net: Velocity, labels: torch.Tensor, guidance: float) -> None:
+    print(f"{'microseconds between two model calls':<48}{'pyperf_dl':>12}{'diffusers':>12}")
+    for shape in ([len(labels), 1, 8, 8], [2, 16, 128, 128]):
+        between = Between(shape, guidance)
+        for what, passes in (
+            ("the step alone", (between.ours, between.theirs)),
+            ("guidance, step, next input", (between.ours_guided, between.theirs_guided)),
+        ):
+            results = []
+            for run in passes:
+                between.reset()
+                results.append(run())
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            ours, theirs = seconds_of(passes, between.reset, 50)
+            title = f"{' x '.join(map(str, shape))}: {what}"
+            print(f"{title:<48}{1e6 * ours / 20:>12.1f}{1e6 * theirs / 20:>12.1f}")
+        if shape[0] == len(labels):
+            sample = pyperf_dl.Sampler(between.table).sample
+            run = partial(sample, guided(net, labels), between.x, guidance=guidance)
+            (loop,) = seconds_of([run], between.reset, 5)
+            title = f"  share of a loop over the model, {1e3 * loop:.0f} ms"
+            print(f"{title:<48}{ours / loop:>12.2%}{theirs / (loop - ours + theirs):>12.2%}")
 
 
 def draw(samples: dict[tuple[str, int], torch.Tensor], labels: torch.Tensor, path: Path) -> None:
@@ -220,7 +315,8 @@ def draw(samples: dict[tuple[str, int], torch.Tensor], labels: torch.Tensor, pat
     figure, axes = plt.subplots(len(SAMPLERS), len(CALLS), figsize=(9.6, 4.6), layout="constrained")
     for (name, calls), axis in zip(samples, axes.flat, strict=True):
         images = F.pad(samples[name, calls][chosen], (1, 1, 1, 1), value=-1)
-        axis.imshow(images.view(2, 10, 10, 10).permute(0, 2, 1, 3).reshape(20, 100), cmap="gray", vmin=-1, vmax=1)
+        grid = images.view(2, 10, 10, 10).permute(0, 2, 1, 3).reshape(20, 100)
+        axis.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         if calls == CALLS[0]:
             axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
@@ -249,6 +345,10 @@ def main() -> None:
         samples = sample_all(net, data.test_labels, options.guidance)
         print(f"images: {len(data.train)} train, {len(data.test)} held out; {epochs} epochs in {seconds:.1f} s")
         print_quality(samples, Judge(classifier, data), data)
+        if importlib.util.find_spec("diffusers"):
+            print_times(net, data.test_labels, options.guidance)
+        else:
+            print("diffusers is not installed: nothing to compare times with (pip install diffusers)")
     path = options.out / "digits_rectified_flow.png"
     draw(samples, data.test_labels, path)
     print(f"samples: {path}")
