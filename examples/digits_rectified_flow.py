@@ -207,21 +207,16 @@ class Judge:
 
 
 def print_quality(samples: dict[tuple[str, int], torch.Tensor], judge: Judge, data: Data) -> None:
+    def line(title: str, accuracies: Sequence[object], distances: Sequence[object]) -> None:
+        print(f"{title:<18}" + "".join(f"{a:>8}" for a in accuracies) + "".join(f"{d:>10}" for d in distances))
+
     print(f"{'':<18}{'right class [%]':>24}{'Frechet distance':>30}")
-    print(
-        f"{'model calls':<18}" + "".join(f"{calls:>8}" for calls in CALLS) + f"{CALLS[0]:>14}{CALLS[1]:>8}{CALLS[2]:>8}"
-    )
+    line("model calls", CALLS, CALLS)
     for name in SAMPLERS:
         scores = [judge(samples[name, calls], data.test_labels) for calls in CALLS]
-        accuracies, distances = ([score[i] for score in scores] for i in range(2))
-        print(
-            f"{name:<18}"
-            + "".join(f"{a:>8.1f}" for a in accuracies)
-            + " " * 6
-            + "".join(f"{d:>8.2f}" for d in distances)
-        )
+        line(name, [f"{accuracy:.1f}" for accuracy, _ in scores], [f"{distance:.2f}" for _, distance in scores])
     accuracy, distance = judge(data.test, data.test_labels)
-    print(f"{'real, held out':<18}{accuracy:>8.1f}{'':22}{distance:>8.2f}")
+    print(f"real, held out: {accuracy:.1f} % of the right class, Frechet distance {distance:.2f}")
 
 
 class Between:
