@@ -195,12 +195,13 @@ def _shown(steps: int, disable: bool | None) -> Iterable[int]:
     return trange(steps, disable=disable)
 
 
-def _default_noise(like: torch.Tensor, dtype: torch.dtype, used: bool) -> torch.Tensor | None:
-    """What torch.randn_like draws; None where sampler_step draws just that, or, for noise that is not used, where the
-    generator can be moved without."""
-    plain = like.is_contiguous() and dtype == like.dtype
-    if plain and (used or generator_state(like, None) is not None):
-        return None
+def _default_noise(like: torch.Tensor, dtype: torch.dtype, step_dtype: torch.dtype | None) -> torch.Tensor | None:
+    """What torch.randn_like draws for a step in step_dtype, or for none. None where sampler_step draws just that, and
+    where the generator can be moved without drawing."""
+    if like.is_contiguous():
+        moved = step_dtype is None and dtype == like.dtype and generator_state(like, None) is not None
+        if moved or step_dtype == dtype:
+            return None
     return torch.randn_like(like, dtype=dtype)
 
 
@@ -225,7 +226,7 @@ def _run(
     history: tuple[torch.Tensor, ...] = ()
     depth = max(plan.table.history)
     if plan.begins_with_noise:
-        noise = _default_noise(like, like.dtype, plan.start is not None)
+        noise = _default_noise(x, x.dtype, x.dtype if plan.start is not None else None)
         if plan.start is not None:
             x = pyperf_dl.sampler_step(x, x, plan.start, 0, noise=noise).sample
     row = 0
@@ -243,7 +244,8 @@ def _run(
             noise, noisy = None, plan.table.noisy[row]
             if plan.draws[i] and second == plan.rows[i] - 1:
                 if noise_of is None:
-                    noise = _default_noise(like, dtype if plan.begins_with_noise else like.dtype, noisy)
+                    drawn = dtype if plan.begins_with_noise else like.dtype  # of x as it is, or as it came
+                    noise = _default_noise(like, drawn, dtype if noisy else None)
                 else:
                     noise = noise_of(i)
                     dtype = torch.promote_types(dtype, noise.dtype)
@@ -281,8 +283,8 @@ def _theirs(x: torch.Tensor, sigmas: torch.Tensor, values: Numbers) -> Callable[
     return lambda i: tree(low_high[i], low_high[i + 1])
 
 
-def _of_sampler(noise_sampler: Callable[..., torch.Tensor], sigmas: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    return lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
+def _noise_of(noise_sampler: Any, sigmas: torch.Tensor) -> Callable[[int], torch.Tensor] | None:
+    return None if noise_sampler is None else lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
 
 
 def _sampled(
@@ -302,10 +304,8 @@ def _sampled(
         raise ValueError(f"{op}: x must have a batch dimension, got a tensor without dimensions")
     values = _checked_sigmas(op, sigmas)
     plan = _plan(name, values, *_checked_options(op, sigmas, options))
-    noise_of = None
-    if noise_sampler is not None:
-        noise_of = _of_sampler(noise_sampler, sigmas)
-    elif name in _SDE:
+    noise_of = _noise_of(noise_sampler, sigmas)
+    if noise_of is None and name in _SDE:
         noise_of = _brownian_noise(x, values)
     return _run(op, plan, model, x, sigmas, extra_args, callback, disable, noise_of)
 
@@ -542,17 +542,9 @@ _SERVED = (
 )
 
 
-def _unfit(x: Any, sigmas: Any) -> str:
-    why = _swap.unfit(x)
-    if why:
-        return why
-    if x.dim() == 0:
-        return "shape"
-    return "" if isinstance(sigmas, torch.Tensor) and _swap._plain(sigmas) else "sigmas"
-
-
 def _serve(ours: Callable[..., torch.Tensor]) -> None:
     name = ours.__name__
+    op = f"k_diffusion.{name}"
     signature = inspect.signature(ours)
 
     def stand_in(settings: Settings, *args: Any, **kwargs: Any) -> Any:
@@ -566,28 +558,28 @@ def _serve(ours: Callable[..., torch.Tensor]) -> None:
         model, x, sigmas, extra_args, callback, disable = given.args[:6]
         options = dict(list(given.arguments.items())[6:])
         noise_sampler = options.pop("noise_sampler", None)
-        why = _unfit(x, sigmas)
-        if why:
+        if why := _swap.unfit(x):
             return Declined(why)
+        if x.dim() == 0:
+            return Declined("shape")
+        if not _swap._plain(sigmas):
+            return Declined("sigmas")
         try:
-            values = _checked_sigmas(name, sigmas)
+            values = _checked_sigmas(op, sigmas)
         except ValueError:
             return Declined("sigmas")
         try:
-            checked = _checked_options(name, sigmas, options)
+            checked = _checked_options(op, sigmas, options)
         except (TypeError, ValueError):
             return Declined("arguments")
-        plan = _plan(name, values, *checked)
-        noise_of = None
-        if noise_sampler is not None:
-            noise_of = _of_sampler(noise_sampler, sigmas)
-        elif name in _SDE:
+        noise_of = _noise_of(noise_sampler, sigmas)
+        if noise_of is None and name in _SDE:
             noise_of = _theirs(x, sigmas, values)
-        op = f"k_diffusion.{name}"
-        return _run(op, plan, model, x, sigmas, extra_args, callback, disable, noise_of)
+        return _run(op, _plan(name, values, *checked), model, x, sigmas, extra_args, callback, disable, noise_of)
 
     settings = inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    stand_in.__signature__ = signature.replace(parameters=[settings, *signature.parameters.values()])  # type: ignore[attr-defined]
+    parameters = [settings, *signature.parameters.values()]
+    stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     _peer.replaces(_SAMPLING, name)(stand_in)
 
 
