@@ -131,10 +131,10 @@ def test_float64(call, sigmas):
     assert k_diffusion.report() == (1, {})
 
 
-def numbers_of(dtype, monkeypatch):
-    """torch.randn_like draws in this dtype."""
-    draw = torch.randn_like
-    monkeypatch.setattr(torch, "randn_like", lambda x, dtype_=dtype, **_: draw(x.to(dtype_)).to(x.dtype))
+def numbers_of(dtypes, monkeypatch):
+    """torch.randn_like draws in these dtypes, one after the other."""
+    draw, dtypes = torch.randn_like, iter(dtypes)
+    monkeypatch.setattr(torch, "randn_like", lambda x: draw(x.to(next(dtypes))).to(x.dtype))
 
 
 @beside
@@ -154,17 +154,18 @@ def test_as_accurate_as_k_diffusion(call, dtype, monkeypatch):
     def run(x, levels, function):
         torch.manual_seed(1)
         given = {k: v(x) if k == "noise_sampler" else v for k, v in how.items()}
-        return function(model, x, levels, disable=True, **given).double()
+        return function(model, x, levels, disable=True, **given)
 
     theirs = run(x, levels, getattr(sampling, name))
     ours = run(x, levels, getattr(k_diffusion, name))
+    assert ours.dtype == theirs.dtype
     with monkeypatch.context() as patched:
-        numbers_of(dtype, patched)
+        numbers_of([dtype, *20 * [theirs.dtype]], patched)
         truth = run(x.double(), levels.double(), getattr(sampling, name))
-    rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
+    rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()  # of the first output at least
     error, peers = ours - truth, theirs - truth
     assert error.abs().max() <= peers.abs().max() + rounding
-    assert error.square().mean().sqrt() <= peers.square().mean().sqrt() + rounding / 2
+    assert error.square().mean().sqrt() <= peers.square().mean().sqrt() + rounding / 10
 
 
 @beside
@@ -237,6 +238,8 @@ def test_a_model_of_another_dtype(call, dtype, output, close):
     name, how = CALLS[call]
     x, levels = start(dtype)
     told = []
+    if output == torch.bfloat16 and ("2m" in call or "3m" in call):
+        close = 2e-2  # k-diffusion multiplies outputs as they are
 
     def function(x, sigma):
         told.append(sigma.dtype)
@@ -312,18 +315,17 @@ def test_own_noise_of_an_sde(name):
         torch.manual_seed(seed)
         return function(lambda x, sigma: 0 * x, x, levels, disable=True)
 
-    assert torch.equal(run(5), run(5))
-    assert not torch.equal(run(5), run(6))
+    # With D = 0 the noise of the last sigma is left.
+    to_a_level = levels[:8]
+    got = run(5, to_a_level) / to_a_level[-1]
+    assert torch.equal(run(5, to_a_level) / to_a_level[-1], got)
+    torch.testing.assert_close(got.std(1), torch.ones(3, dtype=got.dtype), rtol=0.05, atol=0)
+    torch.testing.assert_close(got.corrcoef(), torch.eye(3, dtype=got.dtype), rtol=0, atol=0.07)
     torch.manual_seed(5)
     torch.randint(0, 2**63 - 1, [])  # as k-diffusion seeds its own
     state = torch.get_rng_state()
     run(5)
     assert torch.equal(torch.get_rng_state(), state)
-    # With D = 0 a sample of the last sigma's noise is left.
-    to_a_level = levels[:8]
-    got = run(5, to_a_level) / to_a_level[-1]
-    torch.testing.assert_close(got.std(1), torch.ones(3, dtype=got.dtype), rtol=0.05, atol=0)
-    torch.testing.assert_close(got.corrcoef(), torch.eye(3, dtype=got.dtype), rtol=0, atol=0.07)
     # More steps follow the same path: its noise, and with it the sample, is nearly the same.
     finer = torch.cat([torch.stack([levels[:7], (levels[:7] * levels[1:8]) ** 0.5], 1).flatten(), levels[7:8]])
     again, other = run(5, finer) / to_a_level[-1], run(6, to_a_level) / to_a_level[-1]
@@ -394,7 +396,8 @@ class Operations(TorchDispatchMode):
         got = function(*args, **(kwargs or {}))
         self.read += function is torch.ops.aten._local_scalar_dense.default
         outputs = got if isinstance(got, (tuple, list)) else [got]
-        if any(isinstance(t, torch.Tensor) and t.numel() == self.numel for t in outputs):
+        given = {t.data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if any(isinstance(t, torch.Tensor) and t.numel() == self.numel and t.data_ptr() not in given for t in outputs):
             self.made.append(str(function))
         return got
 
@@ -406,18 +409,25 @@ def test_a_step_is_one_pass_and_nothing_is_read(call):
     outputs = [torch.randn_like(x) for _ in range(21)]
     if "sde" in call:
         how = how | {"noise_sampler": lambda sigma, after: outputs[0]}
-    counted = Operations(x.numel())
-    calls = iter(outputs)
-    with counted:
-        getattr(k_diffusion, name)(lambda x, sigma: next(calls), x, levels, disable=True, **how)
-    steps = [o for o in counted.made if "randn" not in o and "normal" not in o]
-    assert steps == ["pyperf_dl.sampler_step.default"] * len(outputs[: 21 if name == "sample_heun" else 11])
-    assert counted.read == 0
+
+    def count(function):
+        counted, calls, before = Operations(x.numel()), iter(outputs), []
+
+        def next_output(x, sigma):
+            before.append(counted.read)
+            return next(calls)
+
+        with counted:
+            function(next_output, x, levels, disable=True, **how)
+        return [o for o in counted.made if "randn" not in o and "normal" not in o], counted.read - before[0]
+
+    passes, read = count(getattr(k_diffusion, name))
+    assert passes == ["pyperf_dl.sampler_step.default"] * {"sample_heun": 21}.get(name, 10 if "sde" in call else 11)
+    assert read == 0
     if sampling:
-        theirs, calls = Operations(x.numel()), iter(outputs)
-        with theirs:
-            getattr(sampling, name)(lambda x, sigma: next(calls), x, levels, disable=True, **how)
-        assert theirs.read > 0 or call == "lms"
+        passes, read = count(getattr(sampling, name))
+        assert len(passes) >= 4 * 11
+        assert read > 0 or name == "sample_lms"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -62,85 +62,89 @@ _SAMPLING = "k_diffusion.sampling"
 _SDE = ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde")
 
 
+Numbers = tuple[float, ...]
+
+
 class _Plan(NamedTuple):
     """A whole loop. A step has one row of the table, or two, whose model is called at its end."""
 
     table: pyperf_dl.StepTable
     rows: tuple[int, ...]  # of each step
-    raised: tuple[float, ...]  # by what each step's sigma is multiplied (churn)
-    start: pyperf_dl.StepTable | None  # adds the noise of the first step's churn
-    begins_with_noise: bool
     draws: tuple[bool, ...]  # whether the peer draws noise between a step and the next, used or not
-    keeps_outputs: bool  # the history is of the model's outputs as they come
-
-
-Numbers = tuple[float, ...]
+    raised: tuple[float, ...] | None = None  # by what each step's sigma is multiplied; row 0 does so to the first x
+    keeps: str = "outputs"  # what the history is made of: the model's outputs, what "rows" keep, "x and output"
+    slopes: bool = False  # the peer divides by sigma as a tensor like x, which can make x wider
+    ends_with_output: bool = False  # the last step returns the model's output itself
 
 
 # ---- tables ----
+
+
+def _table(rows: list[table.Row]) -> pyperf_dl.StepTable:
+    return pyperf_dl.StepTable(rows, [0.0] * len(rows))  # the model is told sigma, by the loop
 
 
 def _levels(sigmas: Numbers) -> list[Level]:
     return [Level(1.0, sigma) for sigma in sigmas]
 
 
-def _over(rows: list[table.Row], counts: tuple[int, ...], draws: Iterable[bool], **how: Any) -> _Plan:
-    # Steps of k-diffusion have no timesteps: the model is told sigma.
-    whole = {"raised": (1.0,) * len(counts), "start": None, "begins_with_noise": False, "keeps_outputs": False} | how
-    return _Plan(pyperf_dl.StepTable(rows, [0.0] * len(rows)), counts, draws=tuple(draws), **whole)
-
-
-def _churned(
-    of_step: Callable[..., list[table.Row]],
-    sigmas: Numbers,
-    s_churn: float,
-    s_tmin: float,
-    s_tmax: float,
-    s_noise: float,
-) -> _Plan:
+def _churned(heun: bool, sigmas: Numbers, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> _Plan:
     levels = _levels(sigmas)
     raised = table.raised_levels(levels, s_churn, s_tmin, s_tmax)
-    steps = []
+    rows = [table.Row(0.0, 1.0, x=1.0, z=table.churn_deviation(levels[0], raised[0], s_noise))]
+    counts = []
     for i, after in enumerate(levels[1:]):
-        steps.append(of_step([raised[i], after], "x0"))
-        steps[i][-1] = steps[i][-1]._replace(z=table.churn_deviation(after, raised[i + 1], s_noise))
-    first = table.churn_deviation(levels[0], raised[0], s_noise)
-    factor = 1 + min(s_churn / len(steps), 2**0.5 - 1)
-    return _over(
-        [row for rows in steps for row in rows],
-        tuple(map(len, steps)),
-        [True] * (len(steps) - 1) + [False],
+        of_step = table.euler([raised[i], after], "x0")
+        if heun and after.sigma > 0:
+            of_step.append(_heun(raised[i].sigma, after.sigma))
+        of_step[-1] = of_step[-1]._replace(z=table.churn_deviation(after, raised[i + 1], s_noise))
+        rows += of_step
+        counts.append(len(of_step))
+    factor = 1 + min(s_churn / len(counts), 2**0.5 - 1)
+    return _Plan(
+        _table(rows),
+        tuple(counts),
+        (*[True] * (len(counts) - 1), False),
         raised=tuple(1.0 if up == level else factor for up, level in zip(raised[:-1], levels, strict=False)),
-        start=pyperf_dl.StepTable([table.Row(0.0, 1.0, x=1.0, z=first)], [0.0]) if first else None,
-        begins_with_noise=True,
+        keeps="x and output",
+        slopes=True,
     )
+
+
+def _heun(sigma: float, after: float) -> table.Row:
+    """The second evaluation of a step, from x and D of the first, which are exact, unlike a sum of both."""
+    half = (after - sigma) / 2
+    return table.Row(0.0, 1.0, x=half / after, d=-half / after, h1=1 + half / sigma, h2=-half / sigma)
 
 
 def _ancestral(sigmas: Numbers, eta: float, s_noise: float) -> _Plan:
     rows = table.euler_ancestral(_levels(sigmas), "x0", eta, s_noise)
-    return _over(rows, (1,) * len(rows), [after > 0 for after in sigmas[1:]])
+    return _Plan(_table(rows), (1,) * len(rows), tuple(after > 0 for after in sigmas[1:]), slopes=True)
 
 
-def _multistep(sigmas: Numbers, order: int, kind: str, eta: float, s_noise: float) -> _Plan:
+def _multistep(sigmas: Numbers, order: int, kind: str = "midpoint", eta: float = 0.0, s_noise: float = 1.0) -> _Plan:
     rows = table.dpm_solver_pp(_levels(sigmas), "x0", order, kind, eta, s_noise, lower_order_final=False)
-    rows = [row._replace(keep_d=0.0) for row in rows]
-    draws = [eta > 0 and after > 0 for after in sigmas[1:]]
-    return _over(rows, (1,) * len(rows), draws, keeps_outputs=True)
+    rows = [row._replace(keep_d=0.0) for row in rows]  # D is there already: the model's output
+    return _Plan(_table(rows), (1,) * len(rows), tuple(eta > 0 and after > 0 for after in sigmas[1:]))
+
+
+def _sde(sigmas: Numbers, order: int, *how: Any) -> _Plan:
+    return _multistep(sigmas, order, *how)._replace(ends_with_output=sigmas[-1] == 0)
 
 
 def _lms(sigmas: Numbers, order: int) -> _Plan:
     rows = table.lms(_levels(sigmas), "x0", order)
-    return _over(rows, (1,) * len(rows), [False] * len(rows))
+    return _Plan(_table(rows), (1,) * len(rows), (False,) * len(rows), keeps="rows", slopes=True)
 
 
 _PLANS: dict[str, Callable[..., _Plan]] = {
-    "sample_euler": functools.partial(_churned, table.euler),
+    "sample_euler": functools.partial(_churned, False),
     "sample_euler_ancestral": _ancestral,
-    "sample_heun": functools.partial(_churned, table.heun),
+    "sample_heun": functools.partial(_churned, True),
     "sample_lms": _lms,
-    "sample_dpmpp_2m": lambda sigmas: _multistep(sigmas, 2, "midpoint", 0.0, 1.0),
-    "sample_dpmpp_2m_sde": lambda sigmas, eta, s_noise, solver_type: _multistep(sigmas, 2, solver_type, eta, s_noise),
-    "sample_dpmpp_3m_sde": lambda sigmas, eta, s_noise: _multistep(sigmas, 3, "midpoint", eta, s_noise),
+    "sample_dpmpp_2m": lambda sigmas: _multistep(sigmas, 2),
+    "sample_dpmpp_2m_sde": lambda sigmas, eta, s_noise, solver_type: _sde(sigmas, 2, solver_type, eta, s_noise),
+    "sample_dpmpp_3m_sde": lambda sigmas, eta, s_noise: _sde(sigmas, 3, "midpoint", eta, s_noise),
 }
 
 
@@ -218,21 +222,22 @@ def _run(
     noise_of: Callable[[int], torch.Tensor] | None,
 ) -> torch.Tensor:
     extra_args = {} if extra_args is None else extra_args
-    like = x
-    hats = [sigma if up == 1 else sigma * up for sigma, up in zip(sigmas, plan.raised, strict=False)]
-    at = [sigma for i, hat in enumerate(hats) for sigma in (hat, sigmas[i + 1])[: plan.rows[i]]]
-    # One row a call, so that a model may write into it.
-    told = torch.stack(at).to(x.device, x.dtype, non_blocking=True)[:, None].repeat(1, x.shape[0])
+    like, hats = x, list(sigmas[:-1])
     history: tuple[torch.Tensor, ...] = ()
-    depth = max(plan.table.history)
-    if plan.begins_with_noise:
-        noise = _default_noise(x, x.dtype, x.dtype if plan.start is not None else None)
-        if plan.start is not None:
-            x = pyperf_dl.sampler_step(x, x, plan.start, 0, noise=noise).sample
     row = 0
+    if plan.raised is not None:
+        hats = [sigma if up == 1 else sigma * up for sigma, up in zip(hats, plan.raised, strict=True)]
+        noisy = plan.table.noisy[0]
+        noise = _default_noise(x, x.dtype, x.dtype if noisy else None)
+        if noisy:
+            x = pyperf_dl.sampler_step(x, x, plan.table, 0, noise=noise).sample
+        row = 1
+    at = [sigma for i, hat in enumerate(hats) for sigma in (hat, sigmas[i + 1])[: plan.rows[i]]]
+    # A tensor of its own for each call, for a model may write into it.
+    told = iter(torch.stack(at).to(like.device, like.dtype, non_blocking=True)[:, None].repeat(1, like.shape[0]))
     for i in _shown(len(hats), disable):
         for second in range(plan.rows[i]):
-            denoised = model(x, told[row], **extra_args)
+            denoised = model(x, next(told), **extra_args)
             if not isinstance(denoised, torch.Tensor) or denoised.shape != x.shape:
                 raise ValueError(
                     f"{op}: the model must return a tensor of x's shape {list(x.shape)}, got "
@@ -240,26 +245,34 @@ def _run(
                 )
             if callback is not None and not second:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hats[i], "denoised": denoised})
+            if plan.ends_with_output and i == len(hats) - 1:
+                return denoised
             dtype = torch.promote_types(x.dtype, denoised.dtype)
+            if plan.slopes:
+                dtype = torch.promote_types(dtype, sigmas.dtype)
             noise, noisy = None, plan.table.noisy[row]
             if plan.draws[i] and second == plan.rows[i] - 1:
-                if noise_of is None:
-                    drawn = dtype if plan.begins_with_noise else like.dtype  # of x as it is, or as it came
-                    noise = _default_noise(like, drawn, dtype if noisy else None)
-                else:
+                if noise_of is not None:
                     noise = noise_of(i)
                     dtype = torch.promote_types(dtype, noise.dtype)
-            x = x.to(dtype)
+                else:
+                    drawn = like.dtype if plan.raised is None else dtype  # of x as it came, or as it is
+                    noise = _default_noise(like, drawn, dtype if noisy else None)
             step = pyperf_dl.sampler_step(
-                x,
+                x.to(dtype),
                 denoised if dtype == torch.float32 and denoised.dtype in HALVES else denoised.to(dtype),
                 plan.table,
                 row,
                 history=[h.to(dtype) for h in history[: plan.table.history[row]]],
                 noise=noise.to(dtype) if noisy and noise is not None else None,
             )
+            if plan.keeps == "rows":
+                history = step.history
+            elif plan.keeps == "outputs":
+                history = (denoised, *history)[: max(plan.table.history)]
+            else:
+                history = (x, denoised)
             x = step.sample
-            history = (denoised, *history)[:depth] if plan.keeps_outputs else step.history
             row += 1
     return x
 
