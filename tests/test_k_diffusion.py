@@ -1,5 +1,6 @@
 """pyperf_dl.integrations.k_diffusion beside k-diffusion itself."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -102,13 +103,11 @@ def both(name, *args, seed=1, function=model, **how):
     results, states = [], []
     for on in (False, True):
         torch.manual_seed(seed)
-        if on:
-            with k_diffusion.enable():
-                results.append(getattr(sampling, name)(function, *args, disable=True, **how))
-        else:
+        with k_diffusion.enable() if on else contextlib.nullcontext():
             results.append(getattr(sampling, name)(function, *args, disable=True, **how))
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+        states.append([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if args[0].is_cuda else ())])
+    for before, after in zip(*states, strict=True):
+        assert torch.equal(before, after)
     return results
 
 
@@ -217,7 +216,7 @@ def test_a_noise_sampler_of_the_caller(call):
 
     def noise(sigma, after):
         asked.append((sigma, after))
-        return torch.randn(x.shape, dtype=torch.float64)[..., :]  # of a wider dtype: all is, from there on
+        return torch.randn(x.shape, dtype=torch.float64)  # of a wider dtype: all is, from there on
 
     theirs, ours = both(name, x, levels, noise_sampler=noise, **how)
     assert ours.dtype == theirs.dtype == torch.float64
@@ -480,12 +479,11 @@ def test_errors_of_tensors(name, error, says, x, sigmas):
     ],
 )
 def test_errors_of_options(name, error, says, how):
+    x, levels = start()
     state = torch.get_rng_state()
     with pytest.raises(error, match=rf"^k_diffusion\.{name}: {says}"):
-        getattr(k_diffusion, name)(model, *start(), disable=True, **how)
-    torch.manual_seed(0)
-    start()
-    assert torch.get_rng_state().shape == state.shape
+        getattr(k_diffusion, name)(model, x, levels, disable=True, **how)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("answer", [None, torch.ones(2), torch.ones(1, 3, 8, 5)])
@@ -592,22 +590,8 @@ def test_the_reference_serves_too():
 def test_gpu(call):
     needs_tree(call)
     name, how = CALLS[call]
-    x, levels = start(torch.float32)
-    x, levels = x.cuda(), levels.cuda()
-    torch.cuda.manual_seed(2)
-    theirs = None
-    states = []
-    results = []
-    for on in (False, True):
-        torch.manual_seed(1)
-        if on:
-            with k_diffusion.enable():
-                results.append(getattr(sampling, name)(model, x, levels, disable=True, **how))
-        else:
-            results.append(getattr(sampling, name)(model, x, levels, disable=True, **how))
-        states.append(torch.cuda.get_rng_state())
-    theirs, ours = results
-    assert torch.equal(*states)
+    x, levels = (t.cuda() for t in start(torch.float32))
+    theirs, ours = both(name, x, levels, **how)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -615,8 +599,7 @@ def test_gpu(call):
 @pytest.mark.parametrize("call", [call for call in CALLS if "sde" not in call])
 def test_gpu_reads_sigmas_once(call):
     name, how = CALLS[call]
-    x, levels = start(torch.float32)
-    x, levels = x.cuda(), levels.cuda()
+    x, levels = (t.cuda() for t in start(torch.float32))
     function = getattr(k_diffusion, name)
     function(model, x, levels, disable=True, **how)  # the table is there
 
