@@ -37,8 +37,8 @@ import pyperf_dl
 from .. import _checks
 from .. import _sampler_table as table
 from .._sampler_noise import generator_state
-from .._sampler_papers import Level
 from .._sampler_step import DTYPES
+from ..reference.sampler import Level
 from . import _swap
 from ._swap import HALVES, Declined, Report, Settings, Takeover
 
