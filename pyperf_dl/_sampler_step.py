@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _checks
+from . import _backend, _checks
 from . import _sampler_operators as operators
 from ._autograd import _are_functorch_transforms_active, is_differentiated
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
@@ -125,7 +125,8 @@ def sampler_step(
     adjust = None
     by_reference = bool(adjustment) and _are_differentiated((x, output, unconditional, variance, *history, noise))
     if adjustment:
-        adjustments = linear.sampler_adjustments if by_reference else operators.adjustments
+        without_kernel = by_reference or _backend.serving(x) == "triton"
+        adjustments = linear.sampler_adjustments if without_kernel else operators.adjustments
         adjust = adjustments(x, output, unconditional, *numbers, row, scale, *adjustment, 1)
     state, offset = None, 0
     if plan.noisy and noise is None and key is None and target is None:
