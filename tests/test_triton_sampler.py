@@ -13,7 +13,9 @@ import pytest
 import torch
 from test_triton import DEVICE, INTERPRETED, _AbsentGpu, interpreted, pytestmark  # noqa: F401 - pytest reads the last one
 
-import pyperf_dl  # noqa: F401 - loads the native operators
+import pyperf_dl
+from pyperf_dl import NoiseSchedule, StepTable, sampler_step
+from pyperf_dl import _sampler_operators as operators
 from pyperf_dl.reference import _sampler_linear as linear
 
 NATIVE = hasattr(torch.ops.pyperf_dl, "sampler_step")
@@ -474,6 +476,50 @@ def test_every_kernel_compiles(target):
     run = subprocess.run(command, capture_output=True, text=True, env=interpreted("0"), check=False)
     assert run.returncode == 0, run.stderr
     assert {"sampler_step", "sampler_step_backward", "sampler_noise"} <= set(run.stdout.split())
+
+
+# ---- through the package ----
+
+
+def public_calls():
+    """A stochastic sampler, a corrector, and a step that needs whole samples, each with its gradients."""
+    schedule = NoiseSchedule.from_betas(10, spacing="trailing")
+    g = torch.Generator().manual_seed(0)
+
+    def normal():
+        return torch.randn(2, 3, 20, generator=g).to(DEVICE)
+
+    how = {"uncond": normal(), "guidance": 3.0, "model_inputs": 2, "denoised": True}
+    yield StepTable.ddpm(schedule), (normal(), normal()), how | {"key": 5, "clip": 1.0}
+    yield StepTable.unipc(schedule), (normal(), normal()), how | {"history": tuple(normal() for _ in range(3))}
+    yield (
+        StepTable.ddim(schedule),
+        (normal(), normal()),
+        how | {"dynamic_threshold": (0.9, 2.0), "guidance_rescale": 0.5},
+    )
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_public_step_is_that_of_the_reference(call):
+    table, inputs, how = list(public_calls())[call]
+    results = []
+    for backend in ("triton", "reference"):
+        with pyperf_dl.backend(backend):
+            leaves = [t.detach().clone().requires_grad_() for t in inputs]
+            step = sampler_step(*leaves, table, 4, **how)
+            outputs = [step.sample, step.denoised, step.model_input]
+            results.append([*outputs, *torch.autograd.grad(sum(t.sin().sum() for t in outputs), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck():
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    forward = list(step_call(x, torch.float32, **FORMS["corrected, clipped, guided"]).values())
+    torch.library.opcheck(operators.step.triton.op, tuple(forward))
+    forward = [t.requires_grad_() if torch.is_tensor(t) and k < 9 else t for k, t in enumerate(forward)]
+    torch.library.opcheck(operators.step.triton.op, tuple(forward))
+    backward = backward_call(x, torch.float32, FORMS["corrected, clipped, guided"]).values()
+    torch.library.opcheck(operators._backward.triton.op, tuple(backward))
 
 
 def _compile_for(target):
