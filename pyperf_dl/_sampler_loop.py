@@ -21,7 +21,8 @@ class Sampler:
 
     Args:
         table: of the sampler and its schedule. `table.update_()` changes it for later calls, captured ones too.
-        guidance_rescale, clip, dynamic_threshold: as in `sampler_step`, for every step.
+        guidance_rescale, clip, dynamic_threshold: as in `sampler_step`, for every step. `StepTable.flow_euler` does not
+            go through D, so a clip changes nothing there; `StepTable.euler` does.
 
     >>> table = pyperf_dl.StepTable.flow_euler(pyperf_dl.NoiseSchedule.flow(8))
     >>> def model(x, t):  # the velocity towards 3, whose samples are 3
@@ -39,7 +40,7 @@ class Sampler:
         dynamic_threshold: tuple[float, float] | None = None,
     ) -> None:
         if not isinstance(table, StepTable):
-            raise TypeError(f"Sampler: table must be a StepTable, got {_checks.described(table)}")
+            raise TypeError(f"Sampler: table must be a StepTable, got {type(table).__name__}")
         self.table = table
         self._options = {
             "guidance_rescale": guidance_rescale,
@@ -173,8 +174,10 @@ class _Loop:
         samples = self.copies * self.x.shape[0]
         output = self.model(self.inputs, self.timesteps[row].expand(samples))
         if not isinstance(output, torch.Tensor) or output.shape[:1] != (samples,):
+            of_both = ", for guidance twice the batch" * (self.copies == 2)
             raise ValueError(
-                f"Sampler.sample: the model must return a tensor of {samples} samples, got {_checks.described(output)}"
+                f"Sampler.sample: the model must return a tensor of {samples} samples{of_both}, got "
+                f"{_checks.described(output)}"
             )
         unconditional = None
         if self.copies == 2:

@@ -12,7 +12,7 @@ from . import _backend, _checks
 from . import _sampler_operators as operators
 from ._autograd import _are_functorch_transforms_active, is_differentiated
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
-from ._sampler_step_table import StepTable
+from ._sampler_step_table import RowPlan, StepTable
 from .reference import _sampler_linear as linear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -110,8 +110,8 @@ def sampler_step(
     copies = _checks.integer(op, "model_inputs", model_inputs, 0)
     _checks.flag(op, "denoised", denoised)
     _checks.flag(op, "log_prob", log_prob)
-    plan = _planned(table, row, rows)
-    kept, last = _checked_history(op, history, table, row, rows, x)
+    plan = table.plans[row] if rows is None else table.plan_of_any
+    kept, last = _checked_history(op, history, table, plan, row, x)
     if log_prob and not plan.noisy:
         raise ValueError(f"{op}: log_prob is for a row that adds noise, row {row} of {table} does not")
     noise, key, generator = _checked_noise(op, noise, generator, key, x, plan.noisy and target is None)
@@ -227,27 +227,6 @@ def first_noise(x: torch.Tensor, noise: Any = None, generator: Any = None, key: 
 # ---- arguments ----
 
 
-class _Plan(NamedTuple):
-    """What a row does; of rows in a tensor, what any of them does."""
-
-    noisy: bool
-    keeps_denoised: bool
-    combines: bool
-    depth: int  # how many of what was kept a later step may read
-    correcting: bool
-
-
-def _planned(table: StepTable, row: int, rows: torch.Tensor | None) -> _Plan:
-    keeps = any(table.keeping) if rows is not None else table.keeping[row]
-    return _Plan(
-        any(table.noisy) if rows is not None else table.noisy[row],
-        keeps and table.keeps == "denoised",
-        keeps and table.keeps == "combination",
-        max(table.history),
-        any(table.corrects),
-    )
-
-
 def _checked_step(op: str, step: Any, table: Any, x: torch.Tensor) -> tuple[int, torch.Tensor | None]:
     if not isinstance(table, StepTable):
         raise TypeError(f"{op}: table must be a StepTable, got {_checks.described(table)}")
@@ -333,6 +312,8 @@ def _checked_adjustment(
     op: str, rescale: Any, dynamic_threshold: Any, unconditional: torch.Tensor | None
 ) -> tuple[float, float, float] | None:
     """guidance_rescale, quantile and largest bound, where there is any."""
+    if rescale == 0 and dynamic_threshold is None:
+        return None
     rescale = _checks.number(op, "guidance_rescale", rescale, 0.0, 1.0)
     if rescale and unconditional is None:
         raise ValueError(f"{op}: guidance_rescale needs guidance, got {rescale} without uncond")
@@ -349,30 +330,29 @@ def _checked_adjustment(
 
 
 def _checked_history(
-    op: str, history: Any, table: StepTable, row: int, rows: torch.Tensor | None, x: torch.Tensor
+    op: str, history: Any, table: StepTable, plan: RowPlan, row: int, x: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """What was kept, as much as the row reads, and the sample that a corrector starts from."""
+    """What was kept, and the sample that a corrector starts from."""
     if not isinstance(history, (tuple, list)):
         raise TypeError(f"{op}: history must be a tuple of tensors, got {_checks.described(history)}")
-    needed = max(table.history) if rows is not None else table.history[row]
-    correcting = any(table.corrects)
-    corrects = correcting if rows is not None else table.corrects[row]
-    at_most = max(table.history) + correcting
-    if not needed + corrects <= len(history) <= at_most:
-        what = f"row {row}" if rows is None else "a tensor of rows"
+    needed, at_most = plan.reads + plan.corrects, plan.depth + plan.correcting
+    if not needed <= len(history) <= at_most:
+        what = "a tensor of rows" if plan is table.plan_of_any else f"row {row}"
         raise ValueError(
-            f"{op}: history must hold {needed + corrects} to {at_most} tensors for {what} of {table}, got "
-            f"{len(history)}; pass what the step before returned"
+            f"{op}: history must hold {needed} to {at_most} tensors for {what} of {table}, got {len(history)}; pass "
+            "what the step before returned"
         )
     for tensor in history:
         _checked_like(op, "history", tensor, x, x.dtype)
-    kept = history[:-1] if correcting else history
-    return tuple(kept), history[-1] if corrects else None
+    kept = history[:-1] if plan.correcting else history
+    return tuple(kept), history[-1] if plan.corrects else None
 
 
 def _checked_noise(
     op: str, noise: Any, generator: Any, key: Any, x: torch.Tensor, needed: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+    if noise is None and generator is None and key is None:
+        return None, None, None
     given = [name for name, v in (("noise", noise), ("generator", generator), ("key", key)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"{op}: {' and '.join(given)} exclude each other, got all of them")

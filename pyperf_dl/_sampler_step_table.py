@@ -6,15 +6,27 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _checks
 from . import _sampler_table as table
 from ._sampler_schedules import SPACES, NoiseSchedule, as_timesteps
-from ._sampler_table import Prediction, Row
+from ._sampler_table import Row
 from .reference.sampler import Level
+
+
+class RowPlan(NamedTuple):
+    """What a row does; of rows in a tensor, what any of them does."""
+
+    noisy: bool
+    reads: int  # how many kept tensors
+    corrects: bool
+    keeps_denoised: bool
+    combines: bool  # keeps a combination
+    depth: int  # how many kept tensors a later row may read
+    correcting: bool  # whether any row corrects
 
 
 class StepTable:
@@ -129,6 +141,22 @@ class StepTable:
             first_input_scale=scales[0],
             _on_devices={coefficients.device: self},
         )
+        self.__dict__.update(plans=tuple(map(self._plan, range(len(rows)))), plan_of_any=self._plan(None))
+
+    def _plan(self, row: int | None) -> RowPlan:
+        def of(values: Sequence[Any]) -> Any:
+            return max(values) if row is None else values[row]
+
+        keeps = of(self.keeping)
+        return RowPlan(
+            of(self.noisy),
+            of(self.history),
+            of(self.corrects),
+            keeps and self.keeps == "denoised",
+            keeps and self.keeps == "combination",
+            max(self.history),
+            any(self.corrects),
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"StepTable: {name} is not to be assigned; update_ changes a table")
@@ -183,31 +211,31 @@ class StepTable:
 
     @classmethod
     def ddim(
-        cls, schedule: NoiseSchedule, prediction: str = "epsilon", *, eta: float = 0.0, rederive: bool = False
+        cls, schedule: NoiseSchedule, prediction: str | None = None, *, eta: float = 0.0, rederive: bool = False
     ) -> StepTable:
         """DDIM (Song et al.: Denoising diffusion implicit models, 2020, eq. 12). eta: 0 deterministic, 1 as noisy as
         DDPM. rederive: the predicted noise is that which makes x of the clipped D, not the model's own."""
         op = "StepTable.ddim"
-        _of(op, schedule, prediction, ("variance_preserving",))
+        prediction = _of(op, schedule, prediction, ("variance_preserving",))
         eta = _checks.number(op, "eta", eta, 0.0, 1.0)
         return _over(schedule, table.ddim(schedule.levels, prediction, eta, _checks.flag(op, "rederive", rederive)))
 
     @classmethod
-    def ddpm(cls, schedule: NoiseSchedule, prediction: str = "epsilon", *, variance: str = "small") -> StepTable:
+    def ddpm(cls, schedule: NoiseSchedule, prediction: str | None = None, *, variance: str = "small") -> StepTable:
         """DDPM (Ho et al.: Denoising diffusion probabilistic models, 2020, eq. 7), with no noise in the last step.
         variance: "small" (of the posterior), "large" (of the forward process), or "learned_range" (Nichol and Dhariwal:
         Improved DDPM, 2021, eq. 15: the model's second half of channels says where between both)."""
         op = "StepTable.ddpm"
-        _of(op, schedule, prediction, ("variance_preserving",))
+        prediction = _of(op, schedule, prediction, ("variance_preserving",))
         _checks.choice(op, "variance", variance, ("small", "large", "learned_range"))
         return _over(schedule, table.ddpm(schedule.levels, prediction, variance))
 
     @classmethod
-    def plms(cls, schedule: NoiseSchedule, prediction: str = "epsilon") -> StepTable:
+    def plms(cls, schedule: NoiseSchedule, prediction: str | None = None) -> StepTable:
         """Pseudo linear multistep (Liu et al.: Pseudo numerical methods for diffusion models on manifolds, 2022, eq. 11
         and 12), of order 4 from the fourth step on and lower before, so that the model is called once a step."""
         op = "StepTable.plms"
-        _of(op, schedule, prediction, ("variance_preserving",))
+        prediction = _of(op, schedule, prediction, ("variance_preserving",))
         _needs_signal(op, schedule, "PLMS")
         return _over(schedule, table.plms(schedule.levels, prediction))
 
@@ -215,7 +243,7 @@ class StepTable:
     def lcm(
         cls,
         schedule: NoiseSchedule,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         *,
         timestep_scaling: float = 10.0,
         sigma_data: float = 0.5,
@@ -224,7 +252,7 @@ class StepTable:
         level. With s = timestep_scaling * t: c_skip = sigma_data^2 / (s^2 + sigma_data^2), c_out = s / sqrt(s^2 +
         sigma_data^2)."""
         op = "StepTable.lcm"
-        _of(op, schedule, prediction, ("variance_preserving",))
+        prediction = _of(op, schedule, prediction, ("variance_preserving",))
         times = [_checks.number(op, "timestep_scaling", timestep_scaling, 0.0) * t for t in schedule.timesteps]
         data = _checks.number(op, "sigma_data", sigma_data, 1e-8)
         scalings = [((data / math.hypot(s, data)) ** 2, s / math.hypot(s, data)) for s in times]
@@ -233,7 +261,7 @@ class StepTable:
     # ---- samplers in sigmas; those that follow dx = (x - D) / sigma dsigma do so in rectified flows too ----
 
     @classmethod
-    def euler(cls, schedule: NoiseSchedule, prediction: str = "epsilon") -> StepTable:
+    def euler(cls, schedule: NoiseSchedule, prediction: str | None = None) -> StepTable:
         """Euler's method, x' = x + (sigma' - sigma) (x - D) / sigma (Karras et al.: Elucidating the design space of
         diffusion-based generative models, 2022, eq. 4). prediction "edm": the network behind their preconditioning."""
         weights = _of("StepTable.euler", schedule, prediction, ("sigma", "flow"))
@@ -243,7 +271,7 @@ class StepTable:
     def edm_churn(
         cls,
         schedule: NoiseSchedule,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         *,
         s_churn: float = 40.0,
         s_tmin: float = 0.0,
@@ -272,7 +300,7 @@ class StepTable:
 
     @classmethod
     def euler_ancestral(
-        cls, schedule: NoiseSchedule, prediction: str = "epsilon", *, eta: float = 1.0, s_noise: float = 1.0
+        cls, schedule: NoiseSchedule, prediction: str | None = None, *, eta: float = 1.0, s_noise: float = 1.0
     ) -> StepTable:
         """DDPM in sigmas, as k-diffusion's sample_euler_ancestral: a step of Euler to sigma_down, then noise sigma_up
         with sigma_down^2 + sigma_up^2 = sigma'^2, sigma_up = eta sigma' sqrt(1 - sigma'^2 / sigma^2)."""
@@ -281,7 +309,7 @@ class StepTable:
         return _over(schedule, table.euler_ancestral(schedule.levels, weights, *_noise(op, eta, s_noise)))
 
     @classmethod
-    def heun(cls, schedule: NoiseSchedule, prediction: str = "epsilon") -> StepTable:
+    def heun(cls, schedule: NoiseSchedule, prediction: str | None = None) -> StepTable:
         """Heun's method (Karras et al., 2022, algorithm 1): two rows a step, a step of Euler and then the mean of the
         slopes at both its ends; one row where a step ends at sigma = 0."""
         op = "StepTable.heun"
@@ -297,7 +325,7 @@ class StepTable:
         )
 
     @classmethod
-    def lms(cls, schedule: NoiseSchedule, prediction: str = "epsilon", *, order: int = 4) -> StepTable:
+    def lms(cls, schedule: NoiseSchedule, prediction: str | None = None, *, order: int = 4) -> StepTable:
         """Linear multistep of k-diffusion, an Adams-Bashforth method on uneven steps: the polynomial in sigma through
         the last slopes (x - D) / sigma, `order` of them, 1 to 4, integrated."""
         op = "StepTable.lms"
@@ -322,7 +350,7 @@ class StepTable:
     def dpm_solver_pp(
         cls,
         schedule: NoiseSchedule,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         *,
         order: int = 2,
         kind: str = "midpoint",
@@ -348,7 +376,7 @@ class StepTable:
     def unipc(
         cls,
         schedule: NoiseSchedule,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         *,
         b: str = "bh2",
         lower_order_final: bool = True,
@@ -365,27 +393,29 @@ class StepTable:
     # ---- rectified flows ----
 
     @classmethod
-    def flow_euler(cls, schedule: NoiseSchedule) -> StepTable:
+    def flow_euler(cls, schedule: NoiseSchedule, prediction: str | None = None) -> StepTable:
         """Euler's method on a velocity m (Liu et al.: Flow straight and fast, 2022): x' = x + (sigma' - sigma) m, which
         a clip of D does not touch; `euler` goes through D, and takes other predictions."""
-        _of("StepTable.flow_euler", schedule, "flow", ("flow",))
+        op = "StepTable.flow_euler"
+        if _of(op, schedule, prediction, ("flow",)) != "flow":
+            raise ValueError(f"{op}: prediction must be 'flow', a velocity, got {prediction!r}; euler takes others")
         return _over(schedule, table.flow_euler(schedule.levels))
 
     @classmethod
-    def flow_stochastic(cls, schedule: NoiseSchedule, prediction: str = "flow") -> StepTable:
+    def flow_stochastic(cls, schedule: NoiseSchedule, prediction: str | None = None) -> StepTable:
         """To the end at once, then noise of the next level: x' = (1 - sigma') D + sigma' z, as diffusers'
         FlowMatchEulerDiscreteScheduler with stochastic_sampling."""
-        _of("StepTable.flow_stochastic", schedule, prediction, ("flow",))
+        prediction = _of("StepTable.flow_stochastic", schedule, prediction, ("flow",))
         return _over(schedule, table.flow_stochastic(schedule.levels, prediction))
 
     @classmethod
     def flow_ancestral(
-        cls, schedule: NoiseSchedule, prediction: str = "flow", *, eta: float = 1.0, s_noise: float = 1.0
+        cls, schedule: NoiseSchedule, prediction: str | None = None, *, eta: float = 1.0, s_noise: float = 1.0
     ) -> StepTable:
         """euler_ancestral for rectified flows, as diffusers' LTXEulerAncestralRFScheduler: a step to sigma_down =
         sigma' (1 + eta (sigma' / sigma - 1)), scaled by (1 - sigma') / (1 - sigma_down), then noise up to sigma'."""
         op = "StepTable.flow_ancestral"
-        _of(op, schedule, prediction, ("flow",))
+        prediction = _of(op, schedule, prediction, ("flow",))
         return _over(schedule, table.flow_ancestral(schedule.levels, prediction, *_noise(op, eta, s_noise)))
 
     @classmethod
@@ -406,13 +436,16 @@ def _over(schedule: NoiseSchedule, rows: Sequence[Row]) -> StepTable:
     return StepTable(rows, schedule.timesteps, input_scales=schedule.input_scales, initial_scale=schedule.initial_scale)
 
 
-def _of(op: str, schedule: NoiseSchedule, prediction: str, spaces: Sequence[str] = SPACES) -> Prediction:
-    """The prediction as rows take it, where it and the schedule serve a sampler."""
+def _of(op: str, schedule: NoiseSchedule, prediction: str | None, spaces: Sequence[str] = SPACES) -> Any:
+    """The prediction as rows take it, where it and the schedule serve a sampler. None: a velocity in flows, else the
+    noise."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"{op}: schedule must be a NoiseSchedule, got {_checks.described(schedule)}")
     if schedule.space not in spaces:
         names = " or ".join(map(repr, spaces))
         raise ValueError(f"{op}: schedule must be in space {names}, got one in {schedule.space!r}")
+    if prediction is None:
+        prediction = "flow" if schedule.space == "flow" else "epsilon"
     known = {"variance_preserving": ("v",), "sigma": ("v", "edm"), "flow": ("flow",)}[schedule.space]
     _checks.choice(op, "prediction", prediction, ("epsilon", "x0", *known))
     if prediction == "epsilon":
