@@ -47,6 +47,7 @@ def imported_sampling():
 sampling = imported_sampling()
 beside = pytest.mark.skipif(sampling is None, reason="k-diffusion is not installed")
 WITH_TREE = sampling is not None and hasattr(sampling.torchsde, "BrownianTree")
+pytestmark = pytest.mark.filterwarnings("ignore:Should have t")  # torchsde's, of sigmas in float32
 _as_it_was = restored(k_diffusion) if sampling else None
 
 CALLS = {

@@ -360,7 +360,8 @@ def sample_euler(
         s_noise: standard deviation of the noise.
 
     Returns:
-        Tensor: the last sample, without a gradient, as in k-diffusion.
+        Tensor: the last sample, as in k-diffusion without a gradient and in x's dtype, or a wider one that the model's
+        output, the noise or, but in ``sample_dpmpp_*``, sigmas have: float16 x with float32 sigmas become float32.
 
     Raises:
         TypeError, ValueError: sigmas that do not descend, a dtype that is no float, options out of their range, a model
