@@ -106,7 +106,7 @@ def _churned(heun: bool, sigmas: Numbers, s_churn: float, s_tmin: float, s_tmax:
         tuple(counts),
         (*[True] * (len(counts) - 1), False),
         raised=tuple(1.0 if up == level else factor for up, level in zip(raised[:-1], levels, strict=False)),
-        keeps="x and output",
+        keeps="x and output" if heun else "rows",
         slopes=True,
     )
 
@@ -271,7 +271,7 @@ def _run(
             elif plan.keeps == "outputs":
                 history = (denoised, *history)[: max(plan.table.history)]
             else:
-                history = (x, denoised)
+                history = () if second else (x, denoised)
             x = step.sample
             row += 1
     return x
