@@ -98,13 +98,11 @@ def lms(scheduler: Any, order: int) -> Table:
 
 
 def _integral(sigmas: np.ndarray, j: int, begin: float, end: float) -> float:
-    """Of the polynomial that is 1 at the j-th sigma and 0 at the others."""
-    basis = np.polynomial.Polynomial([1.0])
-    for k, other in enumerate(sigmas):
-        if k != j:
-            basis = basis * np.polynomial.Polynomial([-other, 1.0]) / (sigmas[j] - other)
-    integral = basis.integ()
-    return float(integral(end) - integral(begin))
+    """Of the polynomial that is 1 at the j-th sigma and 0 at the others, of degree 3 at most: by Gauss' two points."""
+    middle, half = (begin + end) / 2, (end - begin) / 2
+    points = middle + half * np.array([-1, 1]) / math.sqrt(3)
+    others = np.delete(sigmas, j)
+    return float(half * np.prod((points[:, None] - others) / (sigmas[j] - others), axis=1).sum())
 
 
 # ---- flows ----

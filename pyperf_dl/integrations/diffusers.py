@@ -97,7 +97,6 @@ def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
             return scheduler
         state = {name: copy.copy(v) if type(v) is list else v for name, v in vars(scheduler).items()}
         scheduler = _restored(kind, {**state, "_pyperf_dl": _State(denoised)})
-        _prepare(scheduler)
         if pipeline is not None:
             pipeline.scheduler = scheduler
     return scheduler
@@ -771,16 +770,15 @@ def _dpm_solver(
     block = min(before, plan.blocks - 1)
     noise = variance_noise if noise is None else noise
     noise, key = _drawn(plan, step, noise, key, generator, model_output, torch.float32)
-    # That noise is drawn in float32 for any dtype.
+    # diffusers draws that noise in float32 for any dtype.
     made = _run(
         plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block],
         noise=noise, key=key, denoised=True, wide=noise is not None,
     )  # fmt: skip
-    dtype = _common(sample, model_output, False)
-    scheduler.model_outputs = [*scheduler.model_outputs[1:], made.denoised.to(dtype)]
+    scheduler.model_outputs = [*scheduler.model_outputs[1:], made.denoised]
     scheduler.lower_order_nums = min(before + 1, max(config.solver_order, before))
     scheduler._step_index = step + 1
-    return _returned(output, return_dict, made.sample.to(dtype))
+    return _returned(output, return_dict, made.sample.to(_common(sample, model_output, False)))
 
 
 def _unipc(
