@@ -96,8 +96,6 @@ CASES = {
 EACH = [(case, prediction) for case, (_, predictions, _, _) in CASES.items() for prediction in predictions]
 
 
-
-
 @functools.cache
 def built(case, prediction):
     name, predictions, config, _ = CASES[case]
@@ -155,7 +153,9 @@ def in_float64(scheduler, plan, how, dtype, monkeypatch):
         patched.setattr(module, "torch", InDouble())
         if hasattr(module, "randn_tensor"):
             draw = module.randn_tensor
-            patched.setattr(module, "randn_tensor", lambda shape, **k: draw(shape, **{**k, "dtype": noise_dtype}).double())
+            patched.setattr(
+                module, "randn_tensor", lambda shape, **k: draw(shape, **{**k, "dtype": noise_dtype}).double()
+            )
         how, _ = with_generator(scheduler, how)
         for i, t in enumerate(scheduler.timesteps):
             p, q = plan.rows[int(t) if plan.steps == scheduler.config.num_train_timesteps else i, :2]

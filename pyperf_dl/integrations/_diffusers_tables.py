@@ -28,7 +28,7 @@ class Table(NamedTuple):
     threshold: tuple[float, float] | None = None  # quantile and largest bound
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """With the reason."""
 
 
@@ -46,7 +46,7 @@ def euler_ancestral(scheduler: Any) -> Table:
     up = np.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
     down = np.sqrt(after**2 - up**2)
     if scheduler.config.prediction_type == "sample":
-        raise Unsupported("prediction type")
+        raise UnsupportedError("prediction type")
     rows = _rows(**_denoised_in_sigmas(scheduler, sigma), **_towards(sigma, down), z=up, input=_input_scale(after))
     return _table(scheduler, [rows], noisy=True)
 
@@ -72,7 +72,7 @@ def lms(scheduler: Any, order: int) -> Table:
     """Blocks: by how many slopes there are. slip: the order follows the index, so that a loop that begins late takes
     the first terms of a higher order."""
     if not 1 <= order <= 4:
-        raise Unsupported("order above 4")
+        raise UnsupportedError("order above 4")
     sigmas = _float64(scheduler.sigmas)
     sigma, after = _steps(scheduler)
     steps, blocks = len(sigma), []
@@ -169,7 +169,7 @@ def ddpm(scheduler: Any) -> Table:
     elif kind == "learned_range":
         deviation, log_small, log_large = 1.0, np.log(small), np.log(large)
     else:
-        raise Unsupported(f"variance type {kind}")
+        raise UnsupportedError(f"variance type {kind}")
     drawn = np.arange(len(squares)) > 0
     rows = _rows(
         **_denoised(scheduler, np.sqrt(squares), np.sqrt(1 - squares)),
@@ -197,7 +197,7 @@ def pndm(scheduler: Any) -> Table:
         elif config.prediction_type == "v_prediction":
             of_x, of_m = factor * np.sqrt(1 - a), factor * np.sqrt(a)
         else:
-            raise Unsupported("prediction type")
+            raise UnsupportedError("prediction type")
         newest, *older = (of_m * w for w in weights)
         blocks.append(_rows(p=0.0, q=1.0, x=np.sqrt(after / a) + of_x, m=newest, **_history(older), keep_m=1.0))
     return _table(scheduler, blocks, keeps="output")
@@ -232,15 +232,15 @@ def lcm(scheduler: Any) -> Table:
 
 
 def dpm_solver(scheduler: Any) -> Table:
-    """Blocks: by how many steps went before, 0, 1, 2. D stands for what the algorithm keeps: the denoised sample, or the
+    """Blocks: by how many steps went before, 0, 1, 2. D stands for what the algorithm keeps, the denoised sample or the
     noise."""
     config = scheduler.config
     algorithm, steps = config.algorithm_type, len(scheduler.timesteps)
     of_data, stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
     if algorithm == "sde-dpmsolver" and config.solver_order > 2:
-        raise Unsupported("order 3 of sde-dpmsolver")
+        raise UnsupportedError("order 3 of sde-dpmsolver")
     if not of_data and config.thresholding:
-        raise Unsupported("thresholding of predicted noise")
+        raise UnsupportedError("thresholding of predicted noise")
     alphas, sigmas, lambdas = _levels(scheduler)
     few = config.lower_order_final and steps < 15
     blocks = []
@@ -323,9 +323,9 @@ def unipc(scheduler: Any) -> Table:
     block 3 corrects, block 4 predicts from what it made."""
     config, steps = scheduler.config, len(scheduler.timesteps)
     if config.solver_order > 3:
-        raise Unsupported("order above 3")
+        raise UnsupportedError("order above 3")
     if scheduler.solver_p is not None:
-        raise Unsupported("another scheduler as predictor")
+        raise UnsupportedError("another scheduler as predictor")
     alphas, sigmas, lambdas = _levels(scheduler)
     of_data = scheduler.predict_x0
 
@@ -425,9 +425,7 @@ def _levels(scheduler: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return alphas, sigmas, np.log(alphas) - np.log(sigmas)
 
 
-def _with_data(
-    scheduler: Any, rows: np.ndarray, alphas: np.ndarray, sigmas: np.ndarray, of_data: bool
-) -> np.ndarray:
+def _with_data(scheduler: Any, rows: np.ndarray, alphas: np.ndarray, sigmas: np.ndarray, of_data: bool) -> np.ndarray:
     """With p and q of the data, or of the noise, that the steps are made of."""
     alphas, sigmas = alphas[:-1], sigmas[:-1]
     if of_data:
@@ -453,7 +451,7 @@ def _denoised(scheduler: Any, alpha: Numbers, sigma: Numbers) -> dict[str, Numbe
     if prediction == "flow_prediction" and "use_flow_sigmas" in scheduler.config:
         # slip: by the sigma of the schedule, whatever the levels are
         return {"p": 1.0, "q": -_float64(scheduler.sigmas)[:-1]}
-    raise Unsupported("prediction type")
+    raise UnsupportedError("prediction type")
 
 
 def _denoised_in_sigmas(scheduler: Any, sigma: Numbers) -> dict[str, Numbers]:
@@ -464,7 +462,7 @@ def _denoised_in_sigmas(scheduler: Any, sigma: Numbers) -> dict[str, Numbers]:
         return {"p": 0.0, "q": 1.0}
     if prediction == "v_prediction":
         return {"p": 1 / (sigma**2 + 1), "q": -sigma / np.sqrt(sigma**2 + 1)}
-    raise Unsupported("prediction type")
+    raise UnsupportedError("prediction type")
 
 
 def _noise(scheduler: Any, alpha: Numbers, sigma: Numbers) -> tuple[Numbers, Numbers]:
@@ -476,13 +474,15 @@ def _noise(scheduler: Any, alpha: Numbers, sigma: Numbers) -> tuple[Numbers, Num
         return 1 / sigma, -alpha / sigma
     if prediction == "v_prediction":
         return sigma, alpha
-    raise Unsupported("prediction type")
+    raise UnsupportedError("prediction type")
 
 
 # ---- parts ----
 
 
-def _table(scheduler: Any, blocks: Iterable[np.ndarray], *, folds: bool = True, thresholds: bool = True, **rest: Any) -> Table:
+def _table(
+    scheduler: Any, blocks: Iterable[np.ndarray], *, folds: bool = True, thresholds: bool = True, **rest: Any
+) -> Table:
     config = scheduler.config
     steps = np.stack(list(blocks))
     if config.get("thresholding") and thresholds:

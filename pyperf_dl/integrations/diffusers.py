@@ -22,6 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .. import _sampler_linear as linear
+from .. import _sampler_operators as operators
+from .._autograd import is_differentiated
+from .._sampler_noise import generator_state
 from . import _diffusers_tables as tables
 from . import _swap
 from ._swap import DTYPES, HALVES, Declined, Report, Settings, Takeover
@@ -65,10 +69,10 @@ def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
     """A scheduler like this one, with the same numbers and state, whose step is pyperf_dl's.
 
     Its class is a subclass of the scheduler's, with its name: it saves, loads and converts as that does, and what was
-    saved needs no pyperf_dl. Its ``step`` takes ``noise=`` (a tensor) or ``key=`` (an int, or an int64 tensor with one a
-    sample) besides, for noise that is given or that depends on the sample's key alone. Steps without noise, or with one
-    of these, can be compiled with ``fullgraph=True``; where neither ``set_begin_index`` nor a step outside the compiled
-    code has said where a loop begins, the timestep is looked up on the device.
+    saved needs no pyperf_dl. Its ``step`` takes ``noise=`` too, a tensor, or ``key=``, an int or an int64 tensor with
+    one a sample, for noise that depends on that alone. Steps without noise, or with one of these, can be compiled with
+    ``fullgraph=True``; where neither ``set_begin_index`` nor a step outside the compiled code has said where a loop
+    begins, the timestep is looked up on the device.
 
     Args:
         scheduler: a scheduler of diffusers, or a pipeline, whose own is replaced.
@@ -128,7 +132,7 @@ def _subclass(kind: type) -> type:
         if given:
             raise ValueError(f"{kind.__name__}.step: {given[0]} is for steps of pyperf_dl, not for: {got.why}")
         _peer.count(got.why)
-        with _peers_own():
+        with _PeersOwn():
             return kind.step(self, *args, **kwargs)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,7 +170,7 @@ def _restored(kind: type, state: dict[str, Any]) -> Any:
     return fused
 
 
-class _peers_own:
+class _PeersOwn:
     """Nothing is taken over inside."""
 
     def __enter__(self) -> None:
@@ -269,7 +273,7 @@ def _new_plan(
     try:
         with np.errstate(all="ignore"):
             plan: _Plan | Declined = _Plan(build(scheduler, *options))
-    except tables.Unsupported as why:
+    except tables.UnsupportedError as why:
         plan = Declined(str(why))
     state.builders[key] = build
     state.plans[key] = plan
@@ -375,14 +379,6 @@ class _Made(NamedTuple):
     corrected: torch.Tensor
 
 
-def _operator(*args: Any) -> tuple[torch.Tensor, ...]:
-    return torch.ops.pyperf_dl.sampler_step(*args)
-
-
-def _differentiable() -> bool:
-    return False
-
-
 def _unfit(sample: Any, output: Any) -> str:
     """Why the operator cannot take these; empty where it can."""
     tensors = (sample, output)
@@ -400,8 +396,6 @@ def _unfit(sample: Any, output: Any) -> str:
         return "shape"
     if sample.dim() == 0:
         return "no dimensions"
-    if not _differentiable() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "gradients"
     if not _swap._kernels_for(sample.device.type):
         return "no kernels for the device"
     return ""
@@ -413,6 +407,17 @@ def _common(sample: torch.Tensor, output: torch.Tensor, wide: bool) -> torch.dty
     return torch.float32 if wide and dtype in HALVES else dtype
 
 
+class _Noise(NamedTuple):
+    """A tensor, keys, or a place in the numbers of a generator on CUDA; none of them where a step adds none."""
+
+    tensor: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+
+
+_SILENCE = _Noise()
+
+
 def _run(
     plan: _Plan,
     sample: torch.Tensor,
@@ -422,8 +427,7 @@ def _run(
     block: int = 0,
     history: Sequence[torch.Tensor] = (),
     last: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-    key: torch.Tensor | None = None,
+    noise: _Noise = _SILENCE,
     variance: torch.Tensor | None = None,
     denoised: bool = False,
     keeps: bool = False,
@@ -440,29 +444,18 @@ def _run(
     table = plan.on(sample.device)
     row, rows = (step + first, None) if not isinstance(step, torch.Tensor) else (0, (step + first).to(sample.device))
     h = [of(history[k]) if k < len(history) else None for k in range(3)]
-    adjust = None if plan.threshold is None else _bounds(plan.threshold, sample, output, table, row, rows)
-    made = _operator(
-        sample, output, None, variance, *h, of(last), of(noise),
-        table, rows, None, key, None, adjust, row, 1.0, -plan.high, plan.high, 0, denoised, keeps, 0, 1,
+    tensors = (sample, output, None, variance, *h, of(last), of(noise.tensor))
+    call, adjust = operators.step, None
+    if plan.threshold is not None:
+        adjusting = operators.adjustments
+        if any(t is not None and is_differentiated(t) for t in tensors):
+            call, adjusting = linear.sampler_step, linear.sampler_adjustments
+        adjust = adjusting(sample, output, None, table, rows, None, row, 1.0, 0.0, *plan.threshold, 1)
+    made = call(
+        *tensors, table, rows, None, noise.key, noise.state, adjust,
+        row, 1.0, -plan.high, plan.high, 0, denoised, keeps, 0, 1,
     )  # fmt: skip
     return _Made(*made[:4])
-
-
-def _bounds(
-    threshold: tuple[float, float],
-    sample: torch.Tensor,
-    output: torch.Tensor,
-    table: torch.Tensor,
-    row: Any,
-    rows: torch.Tensor | None,
-) -> torch.Tensor:
-    """Of each sample what its output is multiplied by, which is 1, and the dynamic threshold."""
-    p, q = table[row if rows is None else rows, :2].unbind(-1)
-    dtype = torch.float32 if sample.dtype in HALVES else torch.float64
-    d = (p * sample.to(dtype) + q * output.to(dtype)).abs().flatten(1)
-    quantile, largest = threshold
-    bound = torch.quantile(d, quantile, dim=1).clamp(1, largest).double()
-    return torch.stack([torch.ones_like(bound), bound], 1)
 
 
 def _drawn(
@@ -473,19 +466,26 @@ def _drawn(
     generator: Any,
     like: torch.Tensor,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(noise, key): what was given, or numbers as diffusers draws them."""
+    kept: torch.dtype,
+) -> _Noise:
+    """What was given, or numbers as diffusers draws them: in `dtype`, for samples that are kept in another."""
     if not plan.draws(step):
-        return None, None
+        return _SILENCE
     if noise is not None:
         if noise.shape != like.shape:
-            raise ValueError(f"step: noise must have the shape {list(like.shape)} of the sample, got {list(noise.shape)}")
-        return noise.to(like.device), None
+            raise ValueError(
+                f"step: noise must have the shape {list(like.shape)} of the sample, got {list(noise.shape)}"
+            )
+        return _Noise(noise.to(like.device))
     if key is not None:
         if not isinstance(key, torch.Tensor):
-            return None, torch.full((1,), key, dtype=torch.int64, device=like.device)
-        return None, key.to(like.device, torch.int64).reshape(-1)
-    return _randn(like.shape, generator=generator, device=like.device, dtype=dtype), None
+            return _Noise(key=torch.full((1,), key, dtype=torch.int64, device=like.device))
+        return _Noise(key=key.to(like.device, torch.int64).reshape(-1))
+    if dtype == kept and like.is_cuda and getattr(generator, "device", like.device) == like.device:
+        drawn = generator_state(like, generator)
+        if drawn is not None:
+            return _Noise(state=drawn[0])
+    return _Noise(_randn(like.shape, generator=generator, device=like.device, dtype=dtype))
 
 
 def _randn(shape: torch.Size, **how: Any) -> torch.Tensor:
@@ -515,7 +515,9 @@ def _euler(
 ) -> Any:  # fmt: skip
     if s_churn != 0:
         return Declined("s_churn")
-    return _in_sigmas(tables.euler, output, scheduler, model_output, timestep, sample, generator, return_dict, noise, key)
+    return _in_sigmas(
+        tables.euler, output, scheduler, model_output, timestep, sample, generator, return_dict, noise, key
+    )
 
 
 def _euler_ancestral(
@@ -539,12 +541,14 @@ def _in_sigmas(
     if isinstance(plan, Declined):
         return plan
     step = _index(scheduler, plan, timestep)
-    noise, key = _drawn(plan, step, noise, key, generator, model_output, model_output.dtype)
     denoised = scheduler._pyperf_dl.denoised
     of_model = scheduler.config.prediction_type in ("sample", "original_sample")
+    wide = denoised and not of_model
     made = _run(
-        plan, sample, model_output, step, noise=noise, key=key,
-        denoised=denoised and not of_model, wide=denoised and not of_model,
+        plan, sample, model_output, step, denoised=wide, wide=wide,
+        noise=_drawn(
+            plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, wide)
+        ),
     )  # fmt: skip
     scheduler._step_index = step + 1
     d = None if not denoised else model_output if of_model else made.denoised
@@ -628,8 +632,9 @@ def _flow_match_euler(
     if isinstance(plan, Declined):
         return plan
     step = _index(scheduler, plan, timestep)
-    noise, key = _drawn(plan, step, noise, key, generator, sample, _common(sample, sample, True))
-    made = _run(plan, sample, model_output, step, noise=noise, key=key, wide=noise is not None)
+    dtype, wide = _common(sample, sample, True), plan.draws(step) and key is None
+    drawn = _drawn(plan, step, noise, key, generator, sample, dtype, _common(sample, model_output, wide))
+    made = _run(plan, sample, model_output, step, noise=drawn, wide=wide)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample.to(model_output.dtype))
 
@@ -674,9 +679,11 @@ def _ddim(
     if step is None:
         return Declined("a timestep for each sample, or out of range")
     noise = variance_noise if noise is None else noise
-    noise, key = _drawn(plan, step, noise, key, generator, model_output, model_output.dtype)
+    drawn = _drawn(
+        plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, False)
+    )
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=noise, key=key, denoised=wanted)
+    made = _run(plan, sample, model_output, step, noise=drawn, denoised=wanted)
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
 
 
@@ -696,9 +703,11 @@ def _ddpm(
     step = _train_step(scheduler, timestep, on_host=True)  # diffusers draws no noise at 0
     if step is None:
         return Declined("a timestep for each sample, or out of range")
-    noise, key = _drawn(plan, step, noise, key, generator, model_output, model_output.dtype)
+    drawn = _drawn(
+        plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, False)
+    )
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=noise, key=key, variance=variance, denoised=wanted)
+    made = _run(plan, sample, model_output, step, noise=drawn, variance=variance, denoised=wanted)
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
 
 
@@ -743,9 +752,10 @@ def _lcm(
     if isinstance(plan, Declined):
         return plan
     step = _index(scheduler, plan, timestep)
-    noise, key = _drawn(plan, step, noise, key, generator, model_output, _common(sample, model_output, False))
+    dtype = _common(sample, model_output, False)
+    drawn = _drawn(plan, step, noise, key, generator, model_output, dtype, dtype)
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=noise, key=key, keeps=wanted)
+    made = _run(plan, sample, model_output, step, noise=drawn, keeps=wanted)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample, made.kept if wanted else None)
 
@@ -769,11 +779,11 @@ def _dpm_solver(
     step, before = _index(scheduler, plan, timestep), scheduler.lower_order_nums
     block = min(before, plan.blocks - 1)
     noise = variance_noise if noise is None else noise
-    noise, key = _drawn(plan, step, noise, key, generator, model_output, torch.float32)
-    # diffusers draws that noise in float32 for any dtype.
+    wide = plan.draws(step) and key is None  # diffusers draws in float32
+    drawn = _drawn(plan, step, noise, key, generator, model_output, torch.float32, _common(sample, model_output, wide))
     made = _run(
-        plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block],
-        noise=noise, key=key, denoised=True, wide=noise is not None,
+        plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block], noise=drawn,
+        denoised=True, wide=wide,
     )  # fmt: skip
     scheduler.model_outputs = [*scheduler.model_outputs[1:], made.denoised]
     scheduler.lower_order_nums = min(before + 1, max(config.solver_order, before))
