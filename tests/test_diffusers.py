@@ -15,6 +15,7 @@ import diffusers
 
 from pyperf_dl.integrations import diffusers as ours
 
+torch_step = ours.operators.step
 STEPS = 8
 SHAPE = (2, 4, 20, 20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,19 +172,23 @@ def in_float64(scheduler, plan, how, dtype, monkeypatch):
     return path
 
 
+def assert_near(a, b, tolerance=2e-6):
+    assert a.isfinite().all()
+    assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max()
+
+
 def rms(a, b):
     return float((a.double() - b).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case,prediction", EACH)
+@pytest.mark.parametrize(("case", "prediction"), EACH)
 @pytest.mark.filterwarnings("ignore")
 def test_loops(case, prediction, dtype, monkeypatch):
     """Every step from the sample that diffusers has in float64, with the scheduler's own history: no farther from its
     results than diffusers is, but for one rounding."""
     theirs, how = made(case, prediction)
     fused = ours.fuse(theirs)
-    assert isinstance(fused, type(theirs)) and type(fused) is not type(theirs)
     start(fused, dtype), start(theirs, dtype)
     plan = next(iter(fused._pyperf_dl.plans.values()))
     path = in_float64(copy.deepcopy(theirs), plan, how, dtype, monkeypatch)
@@ -192,9 +197,360 @@ def test_loops(case, prediction, dtype, monkeypatch):
     for t, (x, output, true) in zip(theirs.timesteps, path, strict=True):
         mine = results(stepped(fused, output, t, x, our_how))
         for got, peers, want in zip(mine, results(stepped(theirs, output, t, x, their_how)), true, strict=True):
-            assert got.dtype == peers.dtype and got.isfinite().all()
+            assert got.dtype == peers.dtype
+            assert got.isfinite().all()
             # In float16 diffusers overflows where it finds the noise from a sample.
             if peers.isfinite().all():
                 assert rms(got, want) <= rms(peers, want) + rms(want.to(got.dtype), want)
     assert ours.report() == ours.Report(len(path), {})
     assert torch.equal(our_generator.get_state(), their_generator.get_state())
+
+
+# ---- what a scheduler is beside its steps ----
+
+NAMES = sorted({name for name, _, _, _ in CASES.values()})
+ONE_EACH = {name: next(c for c, (n, _, _, _) in CASES.items() if n == name) for name in NAMES}
+
+
+def assert_same_loop(first, second, how=None, begin=0, dtype=torch.float32, times=None):
+    """Whole loops on their own, with the same model."""
+    ends = []
+    for scheduler in (first, second):
+        x = start(scheduler, dtype)
+        given, _ = with_generator(scheduler, how or {})
+        for t in (times or (lambda s: s.timesteps))(scheduler)[begin:]:
+            x = stepped(scheduler, (x * 0.7).tanh().to(dtype), t, x, given).prev_sample
+        ends.append(x.double())
+    assert ends[0].isfinite().all()
+    # Of float32, after steps that enlarge what came before.
+    assert (ends[0] - ends[1]).abs().max() <= 2e-5 * ends[0].abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_is_the_peers_class(name, tmp_path):
+    peer, how = made(ONE_EACH[name])
+    fused = ours.fuse(peer)
+    kind = type(peer)
+    assert isinstance(fused, kind)
+    assert (type(fused).__name__, type(fused).__module__) == (kind.__name__, kind.__module__)
+    assert list(inspect.signature(fused.step).parameters) == [*inspect.signature(peer.step).parameters, "noise", "key"]
+    assert ours.fuse(fused) is fused
+    assert fused.config == peer.config
+
+    fused.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == kind.__name__
+    assert type(kind.from_pretrained(tmp_path)) is kind
+    for other in (type(fused).from_config(fused.config), copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(other) is type(fused)
+        assert_same_loop(peer, other, how)
+    other = kind.from_config(fused.config)
+    assert type(other) is kind
+    assert_same_loop(fused, other, how)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("DDIM", "DDPM", "PNDM")])
+@pytest.mark.filterwarnings("ignore")
+def test_where_a_loop_begins(name):
+    """From a view, a copy, a number, or as set_begin_index has it; from the middle too."""
+    peer, how = made(ONE_EACH[name])
+    fused = ours.fuse(peer)
+    for times in (
+        lambda s: s.timesteps,
+        lambda s: s.timesteps.clone(),
+        lambda s: [s.set_begin_index(4), *s.timesteps][1:],
+        lambda s: [t if t.dtype == torch.int64 else t.double() for t in s.timesteps],
+    ):
+        assert_same_loop(peer, fused, how, begin=4, times=times)
+        assert fused.step_index == peer.step_index
+    with pytest.raises(IndexError):
+        stepped(fused, torch.zeros(SHAPE), peer.timesteps[-1], torch.zeros(SHAPE), how)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "PNDM"])
+def test_timesteps_of_the_training(name):
+    """A number, a copy, a tensor with one dimension."""
+    peer, how = made(ONE_EACH[name])
+    fused = ours.fuse(peer)
+    for times in (lambda s: s.timesteps.tolist(), lambda s: s.timesteps.clone(), lambda s: s.timesteps[:, None]):
+        assert_same_loop(peer, fused, how, times=times)
+
+
+def test_runge_kutta_goes_to_the_peer():
+    peer = diffusers.PNDMScheduler()
+    fused = ours.fuse(peer)
+    ours.report(reset=True)
+    assert_same_loop(peer, fused)
+    assert ours.report() == ours.Report(5, {"Runge-Kutta steps": 12})
+
+
+def first_step(scheduler, shape=SHAPE, **how):
+    scheduler.set_timesteps(STEPS)
+    return stepped(scheduler, torch.ones(shape), scheduler.timesteps[0], torch.ones(shape), how)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "how", "why"),
+    [
+        (diffusers.EulerDiscreteScheduler(), {"s_churn": 0.5}, "s_churn"),
+        (diffusers.FlowMatchHeunDiscreteScheduler(), {"s_churn": 0.5}, "s_churn"),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(),
+            {"per_token_timesteps": torch.full(SHAPE[:2], 500.0)},
+            "per_token_timesteps",
+        ),
+        (diffusers.UniPCMultistepScheduler(solver_order=4), {}, "order above 3"),
+        (
+            diffusers.UniPCMultistepScheduler(solver_p=diffusers.DDIMScheduler()),
+            {},
+            "another scheduler as predictor",
+        ),
+    ],
+)
+def test_what_goes_to_the_peer(scheduler, how, why):
+    shape = SHAPE[:3] if why == "per_token_timesteps" else SHAPE
+    fused = ours.fuse(scheduler)
+    ours.report(reset=True)
+    torch.manual_seed(0)
+    got = first_step(fused, shape, **how).prev_sample
+    torch.manual_seed(0)
+    assert torch.equal(got, first_step(scheduler, shape, **how).prev_sample)
+    assert ours.report() == ours.Report(0, {why: 1})
+    with pytest.raises(ValueError, match="key is for steps of pyperf_dl"):
+        first_step(fused, shape, key=3, **how)
+
+
+def test_errors_are_the_peers():
+    for scheduler in (diffusers.EulerDiscreteScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()):
+        fused = ours.fuse(scheduler)
+        fused.set_timesteps(STEPS)
+        with pytest.raises(ValueError, match="integer indices"):
+            fused.step(torch.zeros(SHAPE), 0, torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
+        ours.fuse(diffusers.DDIMScheduler()).step(torch.zeros(SHAPE), 0, torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match="noise must have the shape"):
+        first_step(ours.fuse(diffusers.EulerAncestralDiscreteScheduler()), noise=torch.zeros(3))
+
+
+def test_other_schedulers_stay():
+    scheduler = diffusers.KDPM2DiscreteScheduler()
+    ours.report(reset=True)
+    assert ours.fuse(scheduler) is scheduler
+    assert ours.report() == ours.Report(0, {"KDPM2DiscreteScheduler is not taken over": 1})
+
+
+@pytest.mark.parametrize("where", [2, 3])
+@pytest.mark.parametrize("case", ["heun", "flow heun"])
+def test_a_step_of_two_halves_is_handed_back(case, where):
+    """Where one evaluation cannot be taken over, diffusers makes both, or the second from ours."""
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    peer, _ = made(case)
+    fused = ours.fuse(peer)
+    ends = []
+    for scheduler, kind in ((peer, torch.Tensor), (fused, Wrapped)):
+        x = start(scheduler, torch.float32)
+        for i, t in enumerate(scheduler.timesteps):
+            output = (x * 0.7).tanh()
+            x = stepped(scheduler, output.as_subclass(kind if i == where else torch.Tensor), t, x, {}).prev_sample
+            x = x.as_subclass(torch.Tensor)
+        ends.append(x)
+    assert_near(*ends)
+
+
+def test_enable():
+    scheduler, _ = made("dpm 2m")
+    before = diffusers.DPMSolverMultistepScheduler.step
+    ours.report(reset=True)
+    with ours.enable():
+        first_step(scheduler)
+        with ours.enable():
+            first_step(scheduler)
+        first_step(type("Own", (diffusers.DDIMScheduler,), {})())
+        first_step(ours.fuse(scheduler))
+    assert diffusers.DPMSolverMultistepScheduler.step is before
+    first_step(scheduler)
+    assert ours.report(reset=True) == ours.Report(3, {"a subclass": 1})
+    ours.enable()
+    first_step(scheduler)
+    ours.disable()
+    first_step(scheduler)
+    assert ours.report(reset=True) == ours.Report(1, {})
+
+
+def test_follows_new_numbers():
+    scheduler, fused = diffusers.EulerDiscreteScheduler(), ours.fuse(diffusers.EulerDiscreteScheduler())
+    for steps in (8, 5):
+        for s in (scheduler, fused):
+            s.set_timesteps(steps)
+        ends = [step_at(s, s.timesteps[0]) for s in (scheduler, fused)]
+        assert torch.allclose(*ends)
+    for s in (scheduler, fused):
+        s.sigmas = s.sigmas * 1.5
+    assert torch.allclose(*[step_at(s, s.timesteps[0]) for s in (scheduler, fused)])
+    for s in (scheduler, fused):
+        s.register_to_config(prediction_type="v_prediction")
+    assert torch.allclose(*[step_at(s, s.timesteps[0]) for s in (scheduler, fused)])
+
+
+def step_at(scheduler, t):
+    return stepped(scheduler, torch.ones(SHAPE), t, torch.ones(SHAPE), {}).prev_sample
+
+
+def test_without_denoised():
+    for name in ("DDIM", "EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM", "DDPM"):
+        peer, how = made(ONE_EACH[name])
+        fused = ours.fuse(peer, denoised=False)
+        assert first_step(fused, **how).get("pred_original_sample") is None
+        assert_same_loop(peer, fused, how)
+
+
+@pytest.mark.parametrize("case", ["ddim eta", "ddpm", "euler ancestral", "lcm", "flow euler stochastic", "dpm 2m sde"])
+def test_noise_and_keys(case):
+    peer, how = made(case)
+    fused = ours.fuse(peer)
+    (with_peers, _), noise = with_generator(peer, how), torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    assert_near(first_step(fused, noise=noise, **how).prev_sample, first_step(peer, **with_peers).prev_sample)
+    keys = torch.tensor([5, 6])
+    both = first_step(fused, key=keys, **how).prev_sample
+    assert torch.equal(both, first_step(fused, key=keys, **how).prev_sample)
+    assert not torch.equal(both[0], both[1])
+    fused.set_timesteps(STEPS)
+    alone = stepped(fused, torch.ones(SHAPE)[1:], fused.timesteps[0], torch.ones(SHAPE)[1:], {"key": 6, **how})
+    assert torch.equal(both[1:], alone.prev_sample)
+
+
+def test_gradients():
+    for case in ("ddim", "euler", "dpm 2m", "unipc 2", "heun", "ddim threshold"):
+        peer, how = made(case)
+        found = []
+        for scheduler in (peer, ours.fuse(peer)):
+            x = start(scheduler, torch.float64).requires_grad_()
+            scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+            y = x
+            for t in scheduler.timesteps[:3]:
+                y = stepped(scheduler, scale * torch.tanh(y), t, y, how).prev_sample
+            found.append(torch.autograd.grad((y * x.detach()).sum(), (x, scale)))
+        for a, b in zip(*found, strict=True):
+            assert_near(a, b, 1e-5)
+
+
+# ---- compiled ----
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize(
+    "case", ["ddim", "euler", "dpm 2m", "dpm 3m", "unipc 2", "heun", "lms", "flow euler", "flow heun", "pndm", "lcm",
+             "euler ancestral", "ddpm", "ddpm threshold", "dpm 2m sde"]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_compiled(case, begins):
+    torch._dynamo.reset()
+    peer, how = made(case)
+    fused = ours.fuse(peer)
+    step = torch.compile(fused.step, fullgraph=True, backend="aot_eager")
+    ends = []
+    noises = torch.randn(3 * STEPS, *SHAPE)
+    for scheduler, call in ((copy.deepcopy(fused), None), (fused, step)):
+        x = start(scheduler, torch.float32)
+        if begins and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True
+        for t, noise in zip(scheduler.timesteps, noises, strict=False):
+            x = (call or scheduler.step)((x * 0.7).tanh(), t, x, noise=noise, return_dict=False, **how)[0]
+        ends.append(x)
+    assert torch.allclose(*ends, rtol=1e-6)
+
+
+# ---- pipelines ----
+
+
+class Pipeline:
+    """What those of diffusers do in a loop."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.unet, self.seen = scheduler, torch.nn.Module(), []
+        self.unet.forward = lambda x, t: ((x * 0.7 + torch.arange(len(x), dtype=x.dtype).view(-1, 1, 1, 1) / 9).tanh(),)
+
+    def __call__(self, latents, scale):
+        generator = torch.Generator().manual_seed(3)
+        given = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        for t in self.scheduler.timesteps:
+            inputs = torch.cat([latents] * 2)
+            if hasattr(self.scheduler, "scale_model_input"):
+                inputs = self.scheduler.scale_model_input(inputs, t)
+            self.seen.append(type(inputs))
+            output = self.unet(inputs, t)[0]
+            uncond, text = output.chunk(2)
+            output = uncond + scale * (text - uncond)
+            latents = self.scheduler.step(output, t, latents, **given, return_dict=False)[0]
+        return latents
+
+
+def counted(monkeypatch):
+    """The calls of the operator from here on."""
+    calls, run = [], torch_step
+    monkeypatch.setattr(ours.operators, "step", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", ["ddim", "euler", "euler ancestral", "dpm 2m", "unipc 2", "unipc 3", "heun", "lms", "lms 2", "flow euler",
+             "flow heun", "pndm", "lcm", "ddpm threshold", "dpm 3m"]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_guided_pipeline(case, dtype, monkeypatch):
+    ends = []
+    for fuses in (False, True):
+        pipeline = Pipeline(made(case)[0])
+        if fuses:
+            assert ours.fuse(pipeline, guidance=True) is pipeline.scheduler
+        x = start(pipeline.scheduler, dtype)
+        ours.report(reset=True)
+        calls = counted(monkeypatch)
+        ends.append(pipeline(x, 3.5))
+        if fuses:
+            assert ours.report() == ours.Report(len(pipeline.scheduler.timesteps), {})
+            assert all(c[2] is not None for c in calls) or case == "unipc 3"
+            assert set(pipeline.seen) == {torch.Tensor}
+    assert type(ends[1]) is torch.Tensor
+    assert ends[0].dtype == ends[1].dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert (ends[0] - ends[1]).abs().max() <= tolerance * ends[0].abs().max()
+
+
+def test_put_off_guidance_is_plain_elsewhere():
+    pipeline = Pipeline(diffusers.EulerDiscreteScheduler())
+    ours.fuse(pipeline, guidance=True)
+    pipeline.scheduler.set_timesteps(STEPS)
+    x = torch.randn(4, 3, 2, 2)
+    want = pipeline.unet.forward(x, 0)[0]
+    output = pipeline.unet(x, 0)[0]
+    assert type(output) is not torch.Tensor
+    assert torch.equal(output, want)
+    uncond, text = output.chunk(2)
+    a, b = want.chunk(2)
+    assert torch.equal((text - uncond).mean(), (b - a).mean())
+    assert torch.equal(text + 2 * (text - uncond), b + 2 * (b - a))
+    guided = uncond + 2.5 * (text - uncond)
+    assert guided.shape == a.shape
+    assert torch.equal(guided.std(), (a + 2.5 * (b - a)).std())
+    assert torch.equal(uncond - text, a - b)
+    sample = torch.randn(2, 3, 2, 2)
+    t = pipeline.scheduler.timesteps[0]
+    latents = pipeline.scheduler.step(guided, t, sample, return_dict=False)[0]
+    assert type(latents) is torch.Tensor  # diffusers warns, for its input was not scaled
+    pipeline.scheduler.scale_model_input(sample, t)
+    latents = pipeline.scheduler.step(guided, t, sample, return_dict=False)[0]
+    assert type(latents) is not torch.Tensor
+    scaled = pipeline.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+    plain = latents.clone()
+    assert type(plain) is torch.Tensor
+    assert torch.allclose(scaled, pipeline.scheduler.scale_model_input(torch.cat([plain] * 2), t))
+    latents[:, :1] = 0
+    assert type(torch.cat([latents] * 2)) is torch.Tensor
+    assert torch.cat([latents] * 2)[:, :1].abs().max() == 0

@@ -119,7 +119,7 @@ def flow_match_heun(scheduler: Any) -> Table:
     """Blocks: at the begin of a step, and at its end, with the sample and the velocity at the begin."""
     sigma, after = _steps(scheduler)
     half = (sigma - np.concatenate([[math.nan], sigma[:-1]])) / 2
-    begin = _rows(p=1.0, q=-sigma, x=1.0, m=after - sigma)
+    begin = _rows(p=1.0, q=-sigma, x=1.0, m=after - sigma, keep_m=1.0)
     end = _rows(p=1.0, q=-sigma, m=half, h1=np.ones_like(half), h2=half)
     return _table(scheduler, [begin, end], keeps="output")
 

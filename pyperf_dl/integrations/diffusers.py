@@ -26,6 +26,7 @@ from .. import _sampler_linear as linear
 from .. import _sampler_operators as operators
 from .._autograd import is_differentiated
 from .._sampler_noise import generator_state
+from . import _diffusers_guidance as guidance_of
 from . import _diffusers_tables as tables
 from . import _swap
 from ._swap import DTYPES, HALVES, Declined, Report, Settings, Takeover
@@ -65,7 +66,7 @@ def enable() -> Takeover:
     return _peer.enable(Settings())
 
 
-def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
+def fuse(scheduler: Any, *, denoised: bool = True, guidance: bool = False) -> Any:
     """A scheduler like this one, with the same numbers and state, whose step is pyperf_dl's.
 
     Its class is a subclass of the scheduler's, with its name: it saves, loads and converts as that does, and what was
@@ -77,6 +78,11 @@ def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
     Args:
         scheduler: a scheduler of diffusers, or a pipeline, whose own is replaced.
         denoised: False to leave out ``pred_original_sample`` where the output has it, which saves a write.
+        guidance: True, with a pipeline, for a step that takes the classifier-free guidance in, and makes the model's
+            next input as well. The outputs of ``pipeline.unet``, or ``.transformer``, then put off
+            ``uncond + scale * (cond - uncond)``, with ``uncond, cond = output.chunk(2)`` and a number as scale, and the
+            step's sample has ``scale_model_input(torch.cat([sample] * 2))`` ready; whatever else the pipeline does
+            to them is done as ever.
 
     Returns:
         The new scheduler; the same object where pyperf_dl has no such class, which :func:`report` counts.
@@ -94,6 +100,8 @@ def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
     pipeline = None if hasattr(scheduler, "step") else scheduler
     if pipeline is not None:
         scheduler = pipeline.scheduler
+    elif guidance:
+        raise ValueError(f"fuse: guidance is for a pipeline, got a {type(scheduler).__name__}")
     kind = type(scheduler)
     if getattr(kind, "_pyperf_dl_of", None) is None:
         if kind not in _takeovers():
@@ -101,9 +109,32 @@ def fuse(scheduler: Any, *, denoised: bool = True) -> Any:
             return scheduler
         state = {name: copy.copy(v) if type(v) is list else v for name, v in vars(scheduler).items()}
         scheduler = _restored(kind, {**state, "_pyperf_dl": _State(denoised)})
-        if pipeline is not None:
-            pipeline.scheduler = scheduler
+    if pipeline is not None:
+        pipeline.scheduler = scheduler
+    if guidance:
+        _puts_off(pipeline)
     return scheduler
+
+
+def _puts_off(pipeline: Any) -> None:
+    models = [m for m in (getattr(pipeline, name, None) for name in ("unet", "transformer")) if m is not None]
+    if not models:
+        raise ValueError(
+            f"fuse: guidance is for a pipeline with a unet or a transformer, got {type(pipeline).__name__}"
+        )
+    for model in models:
+        if not any(hook is _noted for hook in model._forward_hooks.values()):
+            model.register_forward_hook(_noted)
+
+
+def _noted(model: Any, args: Any, output: Any) -> Any:
+    if torch.is_tensor(output):
+        return guidance_of.outputs(output)
+    if type(output) is tuple and output and torch.is_tensor(output[0]):
+        return guidance_of.outputs(output[0]), *output[1:]
+    if torch.is_tensor(getattr(output, "sample", None)):
+        output.sample = guidance_of.outputs(output.sample)
+    return output
 
 
 # ---- subclasses ----
@@ -122,8 +153,34 @@ def _takeovers() -> dict[type, Callable[..., Any]]:
 @functools.cache
 def _subclass(kind: type) -> type:
     take = _takeovers()[kind]
+    scaling = getattr(kind, "scale_model_input", None)
+
+    def guided(self: Any, output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """The step of an output whose guidance was put off."""
+        state = self._pyperf_dl
+        sample = guidance_of.plain(sample)
+        uncond, cond = output.outputs.chunk(2)
+        state.guided = uncond, output.scale
+        try:
+            got = take(self, cond, timestep, sample, *args, **kwargs)
+        finally:
+            state.guided = None
+        if type(got) is Declined:
+            return step(self, output.value(), timestep, sample, *args, **kwargs)
+        _peer.count()
+        doubled, state.doubled = state.doubled, None
+        if doubled is None:
+            return got
+        scaled = "is_scale_input_called" in vars(self) or kind.__name__ == "HeunDiscreteScheduler"
+        latents = guidance_of.latents(got[0], doubled, scaled)
+        if isinstance(got, tuple):
+            return latents, *got[1:]
+        got.prev_sample = latents
+        return got
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and type(args[0]) is guidance_of.Guided:
+            return guided(self, *args, **kwargs)
         got = take(self, *args, **kwargs)
         if type(got) is not Declined:
             _peer.count()
@@ -144,6 +201,11 @@ def _subclass(kind: type) -> type:
         if "_pyperf_dl" in self.__dict__:  # some constructors call this
             _prepare(self)
 
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if type(sample) is guidance_of.Doubled:
+            return sample.as_subclass(torch.Tensor)
+        return kind.scale_model_input(self, sample, *args, **kwargs)
+
     def reduced(self: Any, protocol: Any = None) -> Any:
         return _restored, (kind, self.__dict__.copy())
 
@@ -155,6 +217,7 @@ def _subclass(kind: type) -> type:
         "__init__": functools.wraps(kind.__init__)(init),
         "step": step,
         "set_timesteps": functools.wraps(kind.set_timesteps)(set_timesteps),
+        **({"scale_model_input": functools.wraps(scaling)(scale_model_input)} if scaling else {}),
         "__reduce_ex__": reduced,
         "_pyperf_dl_of": kind,
         "__module__": kind.__module__,
@@ -224,6 +287,8 @@ class _State:
         self.begins: list[int] | None = None  # by index of a timestep, where a loop that it begins does
         self.times: list[float] | None = None
         self.first: torch.Tensor | None = None  # what was denoised at the begin of a step of Heun's
+        self.guided: tuple[torch.Tensor, float] | None = None  # for the step that is on
+        self.doubled: torch.Tensor | None = None  # what it made for the model
 
     def __reduce__(self) -> Any:
         return _State, (self.denoised,)
@@ -377,6 +442,7 @@ class _Made(NamedTuple):
     denoised: torch.Tensor
     kept: torch.Tensor
     corrected: torch.Tensor
+    output: torch.Tensor  # guided, where the plan keeps it
 
 
 def _unfit(sample: Any, output: Any) -> str:
@@ -419,6 +485,7 @@ _SILENCE = _Noise()
 
 
 def _run(
+    scheduler: Any,
     plan: _Plan,
     sample: torch.Tensor,
     output: torch.Tensor,
@@ -432,6 +499,8 @@ def _run(
     denoised: bool = False,
     keeps: bool = False,
     wide: bool = False,
+    guided: bool = True,
+    feeds: bool = True,
 ) -> _Made:
     dtype = _common(sample, output, wide)
 
@@ -444,18 +513,35 @@ def _run(
     table = plan.on(sample.device)
     row, rows = (step + first, None) if not isinstance(step, torch.Tensor) else (0, (step + first).to(sample.device))
     h = [of(history[k]) if k < len(history) else None for k in range(3)]
-    tensors = (sample, output, None, variance, *h, of(last), of(noise.tensor))
+    uncond, scale, copies = None, 1.0, 0
+    state = scheduler._pyperf_dl
+    if state.guided is not None and guided:
+        uncond, scale = state.guided
+        uncond = uncond[:, : output.shape[1]].to(output.dtype)  # what else there is, is the variance's
+        copies = 2 if feeds and not _is_last(scheduler, plan, step) else 0
+        keeps = keeps or plan.keeps == "output"
+    tensors = (sample, output, uncond, variance, *h, of(last), of(noise.tensor))
     call, adjust = operators.step, None
     if plan.threshold is not None:
         adjusting = operators.adjustments
         if any(t is not None and is_differentiated(t) for t in tensors):
             call, adjusting = linear.sampler_step, linear.sampler_adjustments
-        adjust = adjusting(sample, output, None, table, rows, None, row, 1.0, 0.0, *plan.threshold, 1)
+        adjust = adjusting(sample, output, uncond, table, rows, None, row, scale, 0.0, *plan.threshold, 1)
     made = call(
         *tensors, table, rows, None, noise.key, noise.state, adjust,
-        row, 1.0, -plan.high, plan.high, 0, denoised, keeps, 0, 1,
+        row, scale, -plan.high, plan.high, 0, denoised, keeps, copies, 1,
     )  # fmt: skip
-    return _Made(*made[:4])
+    if copies:
+        state.doubled = made[4].flatten(0, 1)
+    return _Made(*made[:4], made[2] if uncond is not None and plan.keeps == "output" else output)
+
+
+def _is_last(scheduler: Any, plan: _Plan, step: Any) -> bool:
+    if isinstance(step, torch.Tensor):
+        return False
+    if plan.steps == scheduler.config.num_train_timesteps:
+        return step == _host_times(scheduler, scheduler._pyperf_dl)[-1]
+    return step == plan.steps - 1
 
 
 def _drawn(
@@ -543,15 +629,16 @@ def _in_sigmas(
     step = _index(scheduler, plan, timestep)
     denoised = scheduler._pyperf_dl.denoised
     of_model = scheduler.config.prediction_type in ("sample", "original_sample")
+    of_guided = of_model and scheduler._pyperf_dl.guided is not None
     wide = denoised and not of_model
     made = _run(
-        plan, sample, model_output, step, denoised=wide, wide=wide,
+        scheduler, plan, sample, model_output, step, denoised=wide or (denoised and of_guided), wide=wide,
         noise=_drawn(
             plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, wide)
         ),
     )  # fmt: skip
     scheduler._step_index = step + 1
-    d = None if not denoised else model_output if of_model else made.denoised
+    d = None if not denoised else made.denoised if of_guided or not of_model else model_output
     return _returned(output, return_dict, made.sample.to(model_output.dtype), d)
 
 
@@ -565,9 +652,13 @@ def _heun(
         return _handed_back(scheduler, plan)
     step = _index(scheduler, plan, timestep)
     begins = scheduler.dt is None
+    if not begins and scheduler._pyperf_dl.first is None:
+        return Declined("the second half of a step that diffusers began")
     history = () if begins else (scheduler.sample, scheduler._pyperf_dl.first)
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, block=int(not begins), history=history, denoised=wanted or begins)
+    made = _run(
+        scheduler, plan, sample, model_output, step, block=int(not begins), history=history, denoised=wanted or begins
+    )
     _between(scheduler, begins, sample, made.denoised)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
@@ -606,10 +697,10 @@ def _lms(
     older = scheduler.derivatives[::-1][: order - 1]
     wanted = scheduler._pyperf_dl.denoised
     made = _run(
-        plan, sample, model_output, step, block=len(older), history=older, denoised=wanted,
+        scheduler, plan, sample, model_output, step, block=len(older), history=older, denoised=wanted,
         keeps=plan.keeps == "combination",
     )  # fmt: skip
-    slope = made.kept if plan.keeps == "combination" else model_output.to(made.sample.dtype)
+    slope = made.kept if plan.keeps == "combination" else made.output.to(made.sample.dtype)
     scheduler.derivatives = [*scheduler.derivatives, slope][-order:]
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
@@ -634,7 +725,7 @@ def _flow_match_euler(
     step = _index(scheduler, plan, timestep)
     dtype, wide = _common(sample, sample, True), plan.draws(step) and key is None
     drawn = _drawn(plan, step, noise, key, generator, sample, dtype, _common(sample, model_output, wide))
-    made = _run(plan, sample, model_output, step, noise=drawn, wide=wide)
+    made = _run(scheduler, plan, sample, model_output, step, noise=drawn, wide=wide)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample.to(model_output.dtype))
 
@@ -652,9 +743,11 @@ def _flow_match_heun(
         return _handed_back(scheduler, plan)
     step = _index(scheduler, plan, timestep)
     begins = scheduler.dt is None
+    if not begins and scheduler._pyperf_dl.first is None:
+        return Declined("the second half of a step that diffusers began")
     history = () if begins else (scheduler.sample, scheduler._pyperf_dl.first)
-    made = _run(plan, sample, model_output, step, block=int(not begins), history=history)
-    _between(scheduler, begins, sample, model_output)
+    made = _run(scheduler, plan, sample, model_output, step, block=int(not begins), history=history)
+    _between(scheduler, begins, sample, made.output)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample.to(model_output.dtype))
 
@@ -683,7 +776,7 @@ def _ddim(
         plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, False)
     )
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=drawn, denoised=wanted)
+    made = _run(scheduler, plan, sample, model_output, step, noise=drawn, denoised=wanted)
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
 
 
@@ -707,7 +800,7 @@ def _ddpm(
         plan, step, noise, key, generator, model_output, model_output.dtype, _common(sample, model_output, False)
     )
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=drawn, variance=variance, denoised=wanted)
+    made = _run(scheduler, plan, sample, model_output, step, noise=drawn, variance=variance, denoised=wanted)
     return _returned(output, return_dict, made.sample, made.denoised if wanted else None)
 
 
@@ -734,9 +827,9 @@ def _pndm(
     elif not older:
         scheduler.cur_sample = sample
     block = 1 if again else len(older) + (len(older) > 0)
-    made = _run(plan, sample, model_output, step, block=block, history=older[::-1])
+    made = _run(scheduler, plan, sample, model_output, step, block=block, history=older[::-1])
     if not again:
-        scheduler.ets = [*older, model_output]
+        scheduler.ets = [*older, made.output]
     scheduler.counter += 1
     return _returned(output, return_dict, made.sample)
 
@@ -755,7 +848,7 @@ def _lcm(
     dtype = _common(sample, model_output, False)
     drawn = _drawn(plan, step, noise, key, generator, model_output, dtype, dtype)
     wanted = scheduler._pyperf_dl.denoised
-    made = _run(plan, sample, model_output, step, noise=drawn, keeps=wanted)
+    made = _run(scheduler, plan, sample, model_output, step, noise=drawn, keeps=wanted)
     scheduler._step_index = step + 1
     return _returned(output, return_dict, made.sample, made.kept if wanted else None)
 
@@ -782,8 +875,8 @@ def _dpm_solver(
     wide = plan.draws(step) and key is None  # diffusers draws in float32
     drawn = _drawn(plan, step, noise, key, generator, model_output, torch.float32, _common(sample, model_output, wide))
     made = _run(
-        plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block], noise=drawn,
-        denoised=True, wide=wide,
+        scheduler, plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block],
+        noise=drawn, denoised=True, wide=wide,
     )  # fmt: skip
     scheduler.model_outputs = [*scheduler.model_outputs[1:], made.denoised]
     scheduler.lower_order_nums = min(before + 1, max(config.solver_order, before))
@@ -807,13 +900,16 @@ def _unipc(
         last = None
     history = [h for h in scheduler.model_outputs[::-1] if h is not None][:3]
     if before == 3 and last is not None:  # the corrector reads one more than a call takes
-        made = _run(plan, sample, model_output, step, block=3, history=history, last=last, denoised=True)
+        made = _run(
+            scheduler, plan, sample, model_output, step, block=3, history=history, last=last, denoised=True, feeds=False
+        )  # fmt: skip
         corrected, d = made.sample, made.denoised
-        after = _run(plan, corrected, d, step, block=4, history=history).sample
+        after = _run(scheduler, plan, corrected, d, step, block=4, history=history, guided=False).sample
     else:
         block = min(before, 2, plan.blocks - 1)
-        made = _run(plan, sample, model_output, step, block=block, history=history, last=last, denoised=True)
+        made = _run(scheduler, plan, sample, model_output, step, block=block, history=history, last=last, denoised=True)
         after, d, corrected = made.sample, made.denoised, sample if last is None else made.corrected
+    after, corrected = after.to(sample.dtype), corrected.to(sample.dtype)
     scheduler.model_outputs = [*scheduler.model_outputs[1:], d]
     scheduler.timestep_list = [*scheduler.timestep_list[1:], timestep]
     if isinstance(step, int):
