@@ -92,7 +92,8 @@ CASES = {
     "unipc 3": ("UniPCMultistep", ALL, {"solver_order": 3, "disable_corrector": [4]}, {}),
     "unipc 3 full": ("UniPCMultistep", ALL, {"solver_order": 3, "lower_order_final": False, "solver_type": "bh1",
                                               "final_sigmas_type": "sigma_min"}, {}),
-    "unipc 3 noise": ("UniPCMultistep", ALL, {"solver_order": 3, "predict_x0": False, "final_sigmas_type": "sigma_min"}, {}),
+    "unipc 3 noise": ("UniPCMultistep", ALL, {"solver_order": 3, "predict_x0": False,
+                                               "final_sigmas_type": "sigma_min"}, {}),
 }  # fmt: skip
 EACH = [(case, prediction) for case, (_, predictions, _, _) in CASES.items() for prediction in predictions]
 
@@ -115,6 +116,12 @@ class InDouble:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+def in_double(scheduler):
+    for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas", "one"):
+        if isinstance(getattr(scheduler, name, None), torch.Tensor):
+            setattr(scheduler, name, getattr(scheduler, name).double())
 
 
 def start(scheduler, dtype):
@@ -146,9 +153,7 @@ def in_float64(scheduler, plan, how, dtype, monkeypatch):
     module = importlib.import_module(type(scheduler).__module__)
     x, path = start(scheduler, torch.float64), []
     pattern = 1.2 * torch.sin(torch.arange(x.numel()).reshape(x.shape))
-    for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas", "one"):
-        if isinstance(getattr(scheduler, name, None), torch.Tensor):
-            setattr(scheduler, name, getattr(scheduler, name).double())
+    in_double(scheduler)
     noise_dtype = torch.float32 if type(scheduler).__name__.startswith(("DPM", "Flow")) else dtype
     with monkeypatch.context() as patched:
         patched.setattr(module, "torch", InDouble())
@@ -170,6 +175,15 @@ def in_float64(scheduler, plan, how, dtype, monkeypatch):
             path.append((x, output, found))
             x = found[0].double()
     return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_near(a, b, tolerance=2e-6):
@@ -357,7 +371,7 @@ def test_a_step_of_two_halves_is_handed_back(case, where):
             x = stepped(scheduler, output.as_subclass(kind if i == where else torch.Tensor), t, x, {}).prev_sample
             x = x.as_subclass(torch.Tensor)
         ends.append(x)
-    assert_near(*ends)
+    assert_near(*ends, 1e-5)  # of diffusers, whose last slopes are divided by a small sigma
 
 
 def test_enable():
@@ -422,29 +436,32 @@ def test_noise_and_keys(case):
     assert torch.equal(both[1:], alone.prev_sample)
 
 
-def test_gradients():
-    for case in ("ddim", "euler", "dpm 2m", "unipc 2", "heun", "ddim threshold"):
-        peer, how = made(case)
-        found = []
-        for scheduler in (peer, ours.fuse(peer)):
-            x = start(scheduler, torch.float64).requires_grad_()
-            scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-            y = x
-            for t in scheduler.timesteps[:3]:
-                y = stepped(scheduler, scale * torch.tanh(y), t, y, how).prev_sample
-            found.append(torch.autograd.grad((y * x.detach()).sum(), (x, scale)))
-        for a, b in zip(*found, strict=True):
-            assert_near(a, b, 1e-5)
+@pytest.mark.parametrize("case", ["ddim", "ddim threshold", "euler", "dpm 2m", "unipc 2", "heun"])
+def test_gradients(case, monkeypatch):
+    peer, how = made(case)
+    monkeypatch.setattr(importlib.import_module(type(peer).__module__), "torch", InDouble())
+    found = []
+    for scheduler in (peer, ours.fuse(peer)):
+        x = start(scheduler, torch.float64).requires_grad_()
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        in_double(scheduler)
+        y = x
+        for t in scheduler.timesteps[:3]:
+            y = stepped(scheduler, scale * torch.tanh(y), t, y, how).prev_sample
+        found.append(torch.autograd.grad((y * x.detach()).sum(), (x, scale)))
+    for a, b in zip(*found, strict=True):
+        assert_near(a, b, 1e-12)
 
 
 # ---- compiled ----
 
 
-@pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize(
-    "case", ["ddim", "euler", "dpm 2m", "dpm 3m", "unipc 2", "heun", "lms", "flow euler", "flow heun", "pndm", "lcm",
-             "euler ancestral", "ddpm", "ddpm threshold", "dpm 2m sde"]
-)  # fmt: skip
+    ("case", "begins"),
+    [(case, True) for case in ("ddim", "euler", "dpm 3m", "unipc 2", "heun", "lms", "flow euler", "flow heun", "pndm")]
+    + [(case, True) for case in ("lcm", "euler ancestral", "ddpm learned", "ddpm threshold", "dpm 2m sde")]
+    + [(case, False) for case in ("euler", "dpm 2m", "unipc 2", "heun")],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compiled(case, begins):
     torch._dynamo.reset()
@@ -460,7 +477,9 @@ def test_compiled(case, begins):
         if hasattr(scheduler, "is_scale_input_called"):
             scheduler.is_scale_input_called = True
         for t, noise in zip(scheduler.timesteps, noises, strict=False):
-            x = (call or scheduler.step)((x * 0.7).tanh(), t, x, noise=noise, return_dict=False, **how)[0]
+            output = (x * 0.7).tanh()
+            output = torch.cat([output, -output], 1) if case == "ddpm learned" else output
+            x = (call or scheduler.step)(output, t, x, noise=noise[:, : x.shape[1]], return_dict=False, **how)[0]
         ends.append(x)
     assert torch.allclose(*ends, rtol=1e-6)
 

@@ -53,10 +53,10 @@ def enable() -> Takeover:
         ValueError: a version of diffusers other than 0.42.
         ImportError: diffusers is not installed.
 
-    >>> from diffusers import EulerDiscreteScheduler
+    >>> from diffusers import DDIMScheduler
     >>> from pyperf_dl.integrations import diffusers
     >>> before = diffusers.report(reset=True)
-    >>> scheduler = EulerDiscreteScheduler()
+    >>> scheduler = DDIMScheduler()
     >>> scheduler.set_timesteps(4)
     >>> with diffusers.enable():
     ...     x = scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.zeros(1, 4, 8, 8)).prev_sample
@@ -154,6 +154,7 @@ def _takeovers() -> dict[type, Callable[..., Any]]:
 def _subclass(kind: type) -> type:
     take = _takeovers()[kind]
     scaling = getattr(kind, "scale_model_input", None)
+    scales = kind.__name__ in _SCALE
 
     def guided(self: Any, output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """The step of an output whose guidance was put off."""
@@ -171,8 +172,7 @@ def _subclass(kind: type) -> type:
         doubled, state.doubled = state.doubled, None
         if doubled is None:
             return got
-        scaled = "is_scale_input_called" in vars(self) or kind.__name__ == "HeunDiscreteScheduler"
-        latents = guidance_of.latents(got[0], doubled, scaled)
+        latents = guidance_of.latents(got[0], doubled, scales)
         if isinstance(got, tuple):
             return latents, *got[1:]
         got.prev_sample = latents
@@ -204,6 +204,8 @@ def _subclass(kind: type) -> type:
     def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if type(sample) is guidance_of.Doubled:
             return sample.as_subclass(torch.Tensor)
+        if scales and (args or "timestep" in kwargs):
+            _begin(self, args[0] if args else kwargs["timestep"])
         return kind.scale_model_input(self, sample, *args, **kwargs)
 
     def reduced(self: Any, protocol: Any = None) -> Any:
@@ -391,8 +393,8 @@ def _place(timesteps: torch.Tensor, timestep: Any) -> int | None:
     return index if rest == 0 and 0 <= index < len(timesteps) else None
 
 
-def _index(scheduler: Any, plan: _Plan, timestep: Any) -> Any:
-    """The scheduler's step index, an int; in compiled code that cannot know, a tensor."""
+def _begin(scheduler: Any, timestep: Any) -> None:
+    """Sets the scheduler's step index where it has none: an int; in compiled code that cannot know, a tensor."""
     if scheduler._step_index is None:
         if scheduler._begin_index is not None:
             scheduler._step_index = scheduler._begin_index
@@ -404,6 +406,10 @@ def _index(scheduler: Any, plan: _Plan, timestep: Any) -> Any:
                 scheduler._init_step_index(timestep)
             else:
                 scheduler._step_index = _begins(scheduler, _state(scheduler))[place]
+
+
+def _index(scheduler: Any, plan: _Plan, timestep: Any) -> Any:
+    _begin(scheduler, timestep)
     step = scheduler._step_index
     if not isinstance(step, torch.Tensor) and step >= plan.steps:
         raise IndexError(f"{type(scheduler).__name__}.step: the schedule has {plan.steps} steps, got one more")
@@ -584,6 +590,13 @@ def _returned(output: type, return_dict: bool, *tensors: torch.Tensor | None) ->
     return output(*tensors) if return_dict else tensors
 
 
+_REFUSED = "what diffusers refuses, or warns of"
+
+
+def _is_unscaled(scheduler: Any) -> bool:
+    return not (scheduler.is_scale_input_called or torch.compiler.is_compiling())
+
+
 def _integer_timestep(timestep: Any) -> bool:
     """Which some schedulers refuse."""
     return isinstance(timestep, int) or (
@@ -621,8 +634,8 @@ def _in_sigmas(
 ) -> Any:  # fmt: skip
     """diffusers has the sample in float32 inside, the denoised one as it comes, and the result in the model's dtype."""
     why = _unfit(sample, model_output)
-    if why or _integer_timestep(timestep) or not scheduler.is_scale_input_called:
-        return Declined(why or "a timestep that diffusers refuses, or warns of")
+    if why or _integer_timestep(timestep) or _is_unscaled(scheduler):
+        return Declined(why or _REFUSED)
     plan = _plan(scheduler, build)
     if isinstance(plan, Declined):
         return plan
@@ -688,8 +701,8 @@ def _lms(
     return_dict: bool = True, *, noise: Any = None, key: Any = None,
 ) -> Any:  # fmt: skip
     why = _unfit(sample, model_output)
-    if why or not scheduler.is_scale_input_called:
-        return Declined(why or "a timestep that diffusers refuses, or warns of")
+    if why or _is_unscaled(scheduler):
+        return Declined(why or _REFUSED)
     plan = _plan(scheduler, tables.lms, order)
     if isinstance(plan, Declined):
         return plan
@@ -718,7 +731,7 @@ def _flow_match_euler(
         return Declined("per_token_timesteps")
     why = _unfit(sample, model_output)
     if why or _integer_timestep(timestep):
-        return Declined(why or "a timestep that diffusers refuses, or warns of")
+        return Declined(why or _REFUSED)
     plan = _plan(scheduler, tables.flow_match_euler)
     if isinstance(plan, Declined):
         return plan
@@ -737,7 +750,7 @@ def _flow_match_heun(
 ) -> Any:  # fmt: skip
     why = "s_churn" if s_churn != 0 else _unfit(sample, model_output)
     if not why and _integer_timestep(timestep):
-        why = "a timestep that diffusers refuses, or warns of"
+        why = _REFUSED
     plan = Declined(why) if why else _plan(scheduler, tables.flow_match_heun)
     if isinstance(plan, Declined):
         return _handed_back(scheduler, plan)
@@ -761,9 +774,9 @@ def _ddim(
     return_dict: bool = True, *, noise: Any = None, key: Any = None,
 ) -> Any:  # fmt: skip
     if scheduler.num_inference_steps is None or not isinstance(eta, (int, float)):
-        return Declined("an argument that diffusers refuses" if scheduler.num_inference_steps is None else "eta")
+        return Declined(_REFUSED if scheduler.num_inference_steps is None else "eta")
     if variance_noise is not None and generator is not None:
-        return Declined("an argument that diffusers refuses")
+        return Declined(_REFUSED)
     why = _unfit(sample, model_output)
     plan = Declined(why) if why else _plan(scheduler, tables.ddim, float(eta), bool(use_clipped_model_output))
     if isinstance(plan, Declined):
@@ -809,7 +822,7 @@ def _pndm(
     return_dict: bool = True, *, noise: Any = None, key: Any = None,
 ) -> Any:  # fmt: skip
     if scheduler.num_inference_steps is None:
-        return Declined("an argument that diffusers refuses")
+        return Declined(_REFUSED)
     if not scheduler.config.skip_prk_steps and (
         scheduler.counter < len(scheduler.prk_timesteps) or len(scheduler.ets) < 3
     ):
@@ -839,7 +852,7 @@ def _lcm(
     generator: Any = None, return_dict: bool = True, *, noise: Any = None, key: Any = None,
 ) -> Any:  # fmt: skip
     if scheduler.num_inference_steps is None:
-        return Declined("an argument that diffusers refuses")
+        return Declined(_REFUSED)
     why = _unfit(sample, model_output)
     plan = Declined(why) if why else _plan(scheduler, tables.lcm)
     if isinstance(plan, Declined):
@@ -862,7 +875,7 @@ def _dpm_solver(
 ) -> Any:  # fmt: skip
     config = scheduler.config
     if scheduler.num_inference_steps is None:
-        return Declined("an argument that diffusers refuses")
+        return Declined(_REFUSED)
     if config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range"):
         model_output = model_output[:, :3]  # slip: of latents with four channels too
     why = _unfit(sample, model_output)
@@ -890,7 +903,7 @@ def _unipc(
 ) -> Any:  # fmt: skip
     config = scheduler.config
     if scheduler.num_inference_steps is None:
-        return Declined("an argument that diffusers refuses")
+        return Declined(_REFUSED)
     why = _unfit(sample, model_output)
     plan = Declined(why) if why else _plan(scheduler, tables.unipc)
     if isinstance(plan, Declined):
@@ -950,6 +963,8 @@ _CLASSES = (
     ("pndm", "PNDMScheduler", "SchedulerOutput", _pndm),
     ("unipc_multistep", "UniPCMultistepScheduler", "SchedulerOutput", _unipc),
 )
+
+_SCALE = ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler")
 
 _USUAL: dict[str, tuple[Callable[..., tables.Table], tuple[Any, ...]]] = {
     "DDIMScheduler": (tables.ddim, (0.0, False)),
