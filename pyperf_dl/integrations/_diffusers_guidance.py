@@ -17,7 +17,7 @@ _METADATA = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", 
 _QUESTIONS = {"size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "__len__", "is_contiguous"}
 
 
-class _Later(torch.Tensor):
+class Later(torch.Tensor):
     """In memory one of the tensors that it is made of, of the same shape."""
 
     def value(self) -> torch.Tensor:
@@ -39,16 +39,16 @@ class _Later(torch.Tensor):
         return function(*tree_map(plain, args), **tree_map(plain, kwargs)) if noted is None else noted
 
 
-class Outputs(_Later):
+class Outputs(Later):
     """Of a model: without the condition, then with it."""
 
 
-class _Half(_Later):
+class _Half(Later):
     outputs: torch.Tensor
     conditional: bool
 
 
-class _Difference(_Later):
+class _Difference(Later):
     """scale * (cond - uncond)"""
 
     outputs: torch.Tensor
@@ -59,7 +59,7 @@ class _Difference(_Later):
         return self.scale * (cond - uncond) if self.scale != 1.0 else cond - uncond
 
 
-class Guided(_Later):
+class Guided(Later):
     outputs: torch.Tensor
     scale: float
 
@@ -68,7 +68,7 @@ class Guided(_Later):
         return uncond + self.scale * (cond - uncond)
 
 
-class Latents(_Later):
+class Latents(Later):
     """A sample, and what the model gets of it: [2 B, ...]. scaled: whether the scheduler would have scaled it."""
 
     doubled: torch.Tensor
@@ -76,7 +76,7 @@ class Latents(_Later):
     scaled: bool
 
 
-class Doubled(_Later):
+class Doubled(Later):
     """What the model gets, on its way through the scheduler's scaling."""
 
     sample: torch.Tensor
@@ -86,7 +86,7 @@ class Doubled(_Later):
 
 
 def plain(value: Any) -> Any:
-    return value.value() if isinstance(value, _Later) else value
+    return value.value() if isinstance(value, Later) else value
 
 
 def outputs(of_model: torch.Tensor) -> torch.Tensor:

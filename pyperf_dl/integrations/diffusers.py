@@ -156,18 +156,22 @@ def _subclass(kind: type) -> type:
     scaling = getattr(kind, "scale_model_input", None)
     scales = kind.__name__ in _SCALE
 
-    def guided(self: Any, output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        """The step of an output whose guidance was put off."""
-        state = self._pyperf_dl
-        sample = guidance_of.plain(sample)
+    def of_put_off(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The step of tensors of _diffusers_guidance.py."""
+        output = kwargs.pop("model_output") if "model_output" in kwargs else args[0]
+        args = tuple(guidance_of.plain(a) for a in args[len(args) > 0 and args[0] is output :])
+        kwargs = {name: guidance_of.plain(v) for name, v in kwargs.items()}
+        if type(output) is not guidance_of.Guided:
+            return step(self, guidance_of.plain(output), *args, **kwargs)
         uncond, cond = output.outputs.chunk(2)
+        state = self._pyperf_dl
         state.guided = uncond, output.scale
         try:
-            got = take(self, cond, timestep, sample, *args, **kwargs)
+            got = take(self, cond, *args, **kwargs)
         finally:
             state.guided = None
         if type(got) is Declined:
-            return step(self, output.value(), timestep, sample, *args, **kwargs)
+            return step(self, output.value(), *args, **kwargs)
         _peer.count()
         doubled, state.doubled = state.doubled, None
         if doubled is None:
@@ -179,8 +183,9 @@ def _subclass(kind: type) -> type:
         return got
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and type(args[0]) is guidance_of.Guided:
-            return guided(self, *args, **kwargs)
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, guidance_of.Later):
+                return of_put_off(self, *args, **kwargs)
         got = take(self, *args, **kwargs)
         if type(got) is not Declined:
             _peer.count()
@@ -283,7 +288,7 @@ class _State:
 
     def __init__(self, denoised: bool = True) -> None:
         self.denoised = denoised
-        self.sources: tuple[Any, ...] = ()
+        self.sources: tuple[Any, ...] = (self,)  # what no scheduler has
         self.plans: dict[Any, _Plan | Declined] = {}
         self.builders: dict[Any, Callable[..., tables.Table]] = {}  # of the plans that were asked for
         self.begins: list[int] | None = None  # by index of a timestep, where a loop that it begins does
@@ -314,15 +319,17 @@ def _state(scheduler: Any) -> _State:
     """With the plans for the scheduler's numbers as they are now."""
     given = scheduler.__dict__
     state = given.get("_pyperf_dl")
-    if torch.compiler.is_compiling() and state is not None:
-        return state
     if state is None:
         state = given["_pyperf_dl"] = _State()
-    sources = tuple(given.get(name) for name in _SOURCES)
-    before = state.sources
-    if len(before) != len(sources) or any(a is not b for a, b in zip(before, sources, strict=True)):
-        state.sources, state.begins, state.times = sources, None, None
-        state.plans.clear()
+    if torch.compiler.is_compiling():
+        return state
+    for name, before in zip(_SOURCES, state.sources, strict=False):
+        if given.get(name) is not before:
+            break
+    else:
+        return state
+    state.sources, state.begins, state.times = tuple(given.get(name) for name in _SOURCES), None, None
+    state.plans.clear()
     return state
 
 
