@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 import diffusers
@@ -379,6 +380,40 @@ def test_a_step_of_two_halves_is_handed_back(case, where):
     assert_near(*ends, 1e-5)  # of diffusers, whose last slopes are divided by a small sigma
 
 
+@pytest.mark.parametrize("case", ["dpm 2m", "unipc 2", "heun", "flow heun", "lms", "pndm"])
+def test_a_loop_goes_on(case):
+    """On a copy, or a fused one of diffusers' own, made in the middle of a step."""
+    peer, how = made(case)
+    ends = []
+    for scheduler in (peer, ours.fuse(peer), copy.deepcopy(peer)):
+        x = start(scheduler, torch.float32)
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 3:
+                scheduler = ours.fuse(scheduler) if len(ends) == 2 else copy.deepcopy(scheduler)
+            x = stepped(scheduler, (x * 0.7).tanh(), t, x, how).prev_sample
+        ends.append(x)
+    assert_near(ends[1], ends[0], 1e-5)
+    assert_near(ends[2], ends[0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(solver_type="bh1"),
+        diffusers.DDPMScheduler(variance_type="fixed_large_log"),
+    ],
+    ids=["unipc", "ddpm"],
+)
+def test_not_a_number_where_diffusers_has_none(scheduler):
+    ends = []
+    for s in (scheduler, ours.fuse(scheduler)):
+        x = start(s, torch.float32)
+        for t in s.timesteps:
+            x = stepped(s, torch.zeros_like(x), t, torch.ones_like(x), {}).prev_sample
+        ends.append(x.isnan())
+    assert torch.equal(*ends)
+
+
 def test_enable():
     scheduler, _ = made("dpm 2m")
     before = diffusers.DPMSolverMultistepScheduler.step
@@ -680,3 +715,42 @@ def test_compiled_steps_are_for_any_row():
         # By how much history there is, and once more where a number turns out to vary.
         assert seen[0] <= 5
         assert seen[1] <= seen[0] + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sync(name):
+    peer, how = made(ONE_EACH[name])
+    fused = ours.fuse(peer)
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = {"generator": generator} if "generator" in inspect.signature(fused.step).parameters else {}
+    x = torch.randn(SHAPE, device="cuda")
+    assert x.is_cuda
+    for mode in ("default", "error"):  # the first time, a draw is compared with torch's
+        fused.set_timesteps(STEPS, device="cuda")
+        times = fused.timesteps.unbind()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for t in times:
+                x = stepped(fused, torch.tanh(x), t, x, {**how, **given}).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["ddim eta", "ddpm", "euler ancestral", "lcm", "flow euler stochastic", "dpm 2m sde"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_as_the_peer_on_a_gpu(case, dtype):
+    peer, how = made(case)
+    ends, states = [], []
+    for scheduler in (peer, ours.fuse(peer)):
+        generator = torch.Generator("cuda").manual_seed(3)
+        scheduler.set_timesteps(STEPS, device="cuda")
+        t, x = scheduler.timesteps[0], torch.ones(SHAPE, device="cuda", dtype=dtype)
+        ends.append(stepped(scheduler, 0.1 * x, t, x, {**how, "generator": generator}).prev_sample)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+    assert_near(*ends, 4 * torch.finfo(dtype).eps)

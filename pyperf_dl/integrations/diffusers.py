@@ -286,19 +286,19 @@ class _Plan:
 class _State:
     """On a scheduler, as `_pyperf_dl`. Copies of a scheduler make their own plans."""
 
-    def __init__(self, denoised: bool = True) -> None:
+    def __init__(self, denoised: bool = True, first: torch.Tensor | None = None) -> None:
         self.denoised = denoised
+        self.first = first  # of Heun's: what the first evaluation of a step leaves to the second
         self.sources: tuple[Any, ...] = (self,)  # what no scheduler has
         self.plans: dict[Any, _Plan | Declined] = {}
         self.builders: dict[Any, Callable[..., tables.Table]] = {}  # of the plans that were asked for
         self.begins: list[int] | None = None  # by index of a timestep, where a loop that it begins does
         self.times: list[float] | None = None
-        self.first: torch.Tensor | None = None  # what was denoised at the begin of a step of Heun's
         self.guided: tuple[torch.Tensor, float] | None = None  # for the step that is on
         self.doubled: torch.Tensor | None = None  # what it made for the model
 
     def __reduce__(self) -> Any:
-        return _State, (self.denoised,)
+        return _State, (self.denoised, self.first)
 
 
 _SOURCES = (
