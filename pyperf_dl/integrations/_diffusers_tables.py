@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .._sampler_linear import COLUMNS
+from ..reference._sampler_linear import COLUMNS
 
 Numbers = Any  # a float64, or an array of them, one a row
 _AT = {name: k for k, name in enumerate(COLUMNS)}

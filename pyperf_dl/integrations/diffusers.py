@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import _sampler_linear as linear
 from .. import _sampler_operators as operators
 from .._autograd import is_differentiated
 from .._sampler_noise import generator_state
+from ..reference import _sampler_linear as linear
 from . import _diffusers_guidance as guidance_of
 from . import _diffusers_tables as tables
 from . import _swap
