@@ -14,6 +14,7 @@ import torch._dynamo.testing
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 import diffusers
 
+from pyperf_dl import _sampler_operators as operators
 from pyperf_dl.integrations import diffusers as ours
 
 try:
@@ -21,7 +22,7 @@ try:
 except ValueError as other:
     pytest.skip(str(other), allow_module_level=True)
 
-torch_step = ours.operators.step
+torch_step = operators.step
 STEPS = 8
 SHAPE = (2, 4, 20, 20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -552,7 +553,7 @@ class Pipeline:
 def counted(monkeypatch):
     """The calls of the operator from here on."""
     calls, run = [], torch_step
-    monkeypatch.setattr(ours.operators, "step", lambda *args: calls.append(args) or run(*args))
+    monkeypatch.setattr(operators, "step", lambda *args: calls.append(args) or run(*args))
     return calls
 
 
