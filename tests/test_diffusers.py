@@ -698,6 +698,18 @@ def test_a_pipeline_with_another_guidance():
     assert ours.report() == ours.Report(4, {})
 
 
+def test_compiled_in_a_takeover():
+    torch._dynamo.reset()
+    scheduler, _ = made("ddim")
+    want = first_step(copy.deepcopy(scheduler)).prev_sample
+    with ours.enable():
+        scheduler.set_timesteps(STEPS)
+        x, t = torch.ones(SHAPE), scheduler.timesteps[0]
+        scheduler.step(x, t, x)
+        step = torch.compile(scheduler.step, fullgraph=True, backend="eager")
+        assert_near(step(x, t, x, return_dict=False)[0], want)
+
+
 def test_compiled_steps_are_for_any_row():
     counter = torch._dynamo.testing.CompileCounter()
     for case in ("ddim", "euler", "dpm 2m"):

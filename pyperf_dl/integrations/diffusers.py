@@ -58,6 +58,8 @@ def enable() -> Takeover:
     >>> diffusers.report()
     Report(taken=1, fell_back={})
     """
+    _peer.check_version()
+    _takeovers()
     return _peer.enable(Settings())
 
 
@@ -99,7 +101,7 @@ def fuse(scheduler: Any, *, denoised: bool = True, guidance: bool = False) -> An
         raise ValueError(f"fuse: guidance is for a pipeline, got a {type(scheduler).__name__}")
     kind = type(scheduler)
     if getattr(kind, "_pyperf_dl_of", None) is None:
-        if kind not in _takeovers():
+        if kind is not _takeovers().get(kind.__name__, (None,))[0]:
             _peer.count(f"{kind.__name__} is not taken over")
             return scheduler
         state = {name: copy.copy(v) if type(v) is list else v for name, v in vars(scheduler).items()}
@@ -135,19 +137,21 @@ def _noted(model: Any, args: Any, output: Any) -> Any:
 # ---- subclasses ----
 
 
-@functools.cache
-def _takeovers() -> dict[type, Callable[..., Any]]:
-    """What makes a step of each class, or declines."""
-    found = {}
-    for name, known in SCHEDULERS.items():
-        module = importlib.import_module(_MODULE + known.module)
-        found[getattr(module, name)] = functools.partial(known.step, getattr(module, known.output))
-    return found
+_found: dict[str, tuple[type, Callable[..., Any]]] = {}
+
+
+def _takeovers() -> dict[str, tuple[type, Callable[..., Any]]]:
+    """Each class by its name, with what makes a step of it, or declines."""
+    if not _found:
+        for name, known in SCHEDULERS.items():
+            module = importlib.import_module(_MODULE + known.module)
+            _found[name] = getattr(module, name), functools.partial(known.step, getattr(module, known.output))
+    return _found
 
 
 @functools.cache
 def _subclass(kind: type) -> type:
-    take = _takeovers()[kind]
+    _, take = _takeovers()[kind.__name__]
     scaling = getattr(kind, "scale_model_input", None)
     known = SCHEDULERS[kind.__name__]
 
@@ -250,10 +254,8 @@ class _PeersOwn:
 
 def _stands_in(name: str) -> Callable[..., Any]:
     def stand_in(settings: Settings, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        take = _takeovers().get(type(scheduler))
-        if take is None or type(scheduler).__name__ != name:
-            return Declined("a subclass")
-        return take(scheduler, *args, **kwargs)
+        kind, take = _found[name]
+        return take(scheduler, *args, **kwargs) if type(scheduler) is kind else Declined("a subclass")
 
     return stand_in
 
