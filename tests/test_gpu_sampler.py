@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+import pyperf_dl
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = [
@@ -332,6 +334,58 @@ def test_captured_graph_follows_what_lies_on_the_device(noise):
         graph.replay()
         replayed = [t.cpu() for t in got]
         check_equal(step({**arguments, **{k: arguments[k].clone() for k in changing}}), replayed)
+
+
+def pull(inputs, t):
+    """A model of a few kernels, for guidance in one batch."""
+    return inputs * 0.3 + (t.view(-1, *[1] * (inputs.dim() - 1)) / 1000).to(inputs.dtype)
+
+
+def loops():
+    schedule = pyperf_dl.NoiseSchedule.from_betas(20, spacing="trailing")
+    return {
+        "2M": lambda eta: pyperf_dl.StepTable.dpm_solver_pp(schedule),
+        "DDIM": lambda eta: pyperf_dl.StepTable.ddim(schedule, eta=eta),
+    }
+
+
+@pytest.mark.parametrize("noise", ["key", "generator"])
+@pytest.mark.parametrize("name", ["2M", "DDIM"])
+def test_captured_loop_is_the_loop_and_follows_changes(name, noise):
+    """Guidance, eta, keys, the generator's state and the start change without another recording."""
+    table = loops()[name](0.3)
+    sampler = pyperf_dl.Sampler(table)
+    recorded = None
+    for turn in range(3):
+        x = drawn(3, 4, 16, 16, seed=turn)
+        if turn == 2:
+            table.update_(loops()[name](0.7))
+        results = []
+        for capture in (False, True):
+            generator = torch.Generator("cuda").manual_seed(turn)
+            source = {"key": torch.tensor([turn, 7, 8], device="cuda")} if noise == "key" else {"generator": generator}
+            results.append(sampler.sample(pull, x, guidance=2.0 + turn, capture=capture, **source))
+            results.append(generator.get_state())
+        eager, eager_state, replayed, replayed_state = results
+        assert replayed.is_cuda
+        assert torch.equal(eager, replayed)
+        assert torch.equal(eager_state, replayed_state)
+        assert recorded in (None, sampler._captured)
+        recorded = sampler._captured
+
+
+def test_a_captured_loop_is_one_graph_launch_without_syncs():
+    sampler = pyperf_dl.Sampler(loops()["DDIM"](0.5))
+    x, key = drawn(2, 4, 16, 16), torch.tensor([1, 2], device="cuda")
+    sampler.sample(pull, x, guidance=3.0, key=key, capture=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            sampler.sample(pull, x, guidance=4.0, key=key, capture=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = [e.count for e in profile.key_averages() if e.key == "cudaGraphLaunch"]
+    assert launches == [1]
 
 
 @pytest.mark.parametrize("noise", [{}, {"key": [1, 2, 3]}, {"state": STATE}], ids=list)

@@ -680,7 +680,7 @@ ROW = _sampler_table.Row(1.0, 0.0)
         (lambda: StepTable.unipc(FLOW, "v"), ValueError, "prediction must be one of .* got 'v'"),
         (lambda: StepTable.ddim(PRESERVING, 3), TypeError, "prediction must be one of .* got 3"),
         (lambda: StepTable.ddim(NO_SIGNAL), ValueError, "must begin with some signal for prediction 'epsilon'"),
-        (lambda: StepTable.unipc(FLOW), ValueError, "must begin with some signal for prediction 'epsilon'"),
+        (lambda: StepTable.unipc(FLOW, "epsilon"), ValueError, "must begin with some signal for prediction 'epsilon'"),
         (lambda: StepTable.plms(NO_SIGNAL, "v"), ValueError, "plms: schedule must begin with some signal for PLMS"),
         (lambda: StepTable.ddim(PRESERVING, eta=1.5), ValueError, r"eta must be in \[0.0, 1.0\], got 1.5"),
         (lambda: StepTable.ddim(PRESERVING, eta="1"), TypeError, "eta must be a number, got '1'"),
