@@ -96,7 +96,7 @@ def of_samples(kind, samples):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "operands", "others"), cases(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "operands", "others"), list(cases()), ids=lambda v: v if isinstance(v, str) else "")
 def test_bits_of_the_cpu(name, operands, others, dtypes):
     for shape in ((6, 4, 9, 11), (2, 4, 64, 64), (3, 1), (1, 70001), (5, 640), (2, 3, 0)):
         arguments = problem(*operands, shape=shape, dtypes=dtypes, **others)
