@@ -166,7 +166,7 @@ class _Loop:
         self.history: tuple[torch.Tensor, ...] = ()
         times = table.to(x.device).timesteps
         self.timesteps = times.float() if times.is_floating_point() and x.dtype != torch.float64 else times
-        scale = table.first_input_scale if begin == 0 else float(table.coefficients[begin - 1, -1])
+        scale = table.first_input_scale if begin == 0 else float(table.to("cpu").coefficients[begin - 1, -1])
         inputs = x if scale == 1 else x * scale
         self.inputs = inputs.to(self.dtype).repeat(self.copies, *[1] * (x.dim() - 1))
 

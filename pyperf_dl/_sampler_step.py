@@ -123,14 +123,17 @@ def sampler_step(
         coefficients = table.to(x.device).coefficients
     numbers = (coefficients, rows, scales)
     adjust = None
-    by_reference = bool(adjustment) and _are_differentiated((x, output, unconditional, variance, *history, noise))
-    if adjustment:
+    differentiated = (adjustment or variance is not None) and _are_differentiated(
+        (x, output, unconditional, variance, *history, noise)
+    )
+    by_reference = adjustment is not None and differentiated
+    if adjustment is not None:
         without_kernel = by_reference or _backend.serving(x) == "triton"
         adjustments = linear.sampler_adjustments if without_kernel else operators.adjustments
         adjust = adjustments(x, output, unconditional, *numbers, row, scale, *adjustment, 1)
     state, offset = None, 0
     if plan.noisy and noise is None and key is None and target is None:
-        drawing = None if log_prob or variance is not None else generator_state(x, generator)
+        drawing = None if log_prob or differentiated else generator_state(x, generator)
         if drawing is None:
             noise = drawn(x, generator)
         else:
