@@ -44,6 +44,15 @@ def is_plain(t: torch.Tensor) -> bool:
     return type(t) in _PLAIN
 
 
+def replicated_beside(other: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor | None:
+    """Beside a DTensor, `t` as one."""
+    if t is None or type(other).__name__ != "DTensor" or not is_plain(t):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(t, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
+
+
 def _any_requires_grad(args: Sequence[Any], tensors: int) -> bool:
     return args[0].requires_grad or (tensors > 1 and any(t is not None and t.requires_grad for t in args[1:tensors]))
 
@@ -64,7 +73,8 @@ class Operator:
         backward: `backward(ctx, *grads)` -> gradients of the tensor arguments. None: not differentiable.
         jvp: `jvp(ctx, *tangents)` -> tangents of the outputs, given those of the tensor arguments.
         batch: `batch(*args)` -> args, for tensors that got a batch dimension in front; outputs carry it in front too.
-        shard: `shard(*args)` -> dimensions along which all tensors of the call may be sharded alike.
+        shard: `shard(*args)` -> dimensions along which all tensors of the call may be sharded alike; or pairs, those of
+            the tensor arguments and those of the outputs, None for what is replicated. Constants are replicated.
         flops: `flops(*shapes_and_args, out_shape)`, for torch.utils.flop_counter.
     """
 
@@ -310,16 +320,22 @@ def _register_late() -> None:
 
 
 def _sharding_rule(operator: Operator, op: Any) -> Callable[..., Any]:
-    def strategies(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         from torch.distributed.tensor import Replicate, Shard
 
-        placements = [Replicate(), *(Shard(d) for d in operator.shard(*args))]
-        behind = operator.tensors + operator.constants
-        there = [n < behind and arg is not None for n, arg in enumerate(args)]
+        def placed(dims: Sequence[int | None]) -> list[Any]:
+            return [Replicate() if d is None else Shard(d) for d in dims]
 
-        def of(p: Any) -> list[Any]:
-            return [(p if n < operator.tensors else Replicate()) if t else None for n, t in enumerate(there)]
+        tensors, outputs = operator.tensors, len(op._schema.returns)
+        found = [([None] * outputs, [None] * tensors)]
+        for dims in operator.shard(*args):
+            given, made = ([dims] * tensors, [dims] * outputs) if isinstance(dims, int) else dims
+            found.append((made, given))
+        rest = len(args) - tensors
+        there = [n < tensors + operator.constants and arg is not None for n, arg in enumerate(args)]
+        return [
+            (placed(made), [p if t else None for t, p in zip(there, placed([*given, *[None] * rest]), strict=True)])
+            for made, given in found
+        ]
 
-        return [([p] * len(op._schema.returns), of(p)) for p in placements]
-
-    return strategies
+    return rule

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _backend, _checks
-from ._autograd import _are_functorch_transforms_active
+from ._autograd import _are_functorch_transforms_active, is_plain
 
 _LARGEST = 2**31 - 1  # bytes of a tensor that torch.randn does not fill in pieces
 _same_numbers: dict[int, bool] = {}  # by CUDA device: whether the kernel draws what torch.randn does
@@ -82,6 +82,8 @@ def drawn(x: torch.Tensor, generator: Any) -> torch.Tensor:
     if isinstance(generator, list):
         each = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=x.device) for g in generator]
         return torch.stack(each) if each else torch.empty_like(x)
+    if not is_plain(x) and generator is None:
+        return torch.randn_like(x)
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._autograd import Operator, pushed_forward
+from ._autograd import Operator, is_plain, pushed_forward, replicated_beside
 from .reference import _sampler_linear as linear
 
 _TENSORS = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
@@ -122,6 +122,9 @@ def _gradients(ctx, *grads):
     n = _Numbers(*ctx.statics)
     given = dict(zip(_TENSORS, ctx.given, strict=True))
     wanted = _wanted(ctx)
+    distributed = next((g for g in grads if not is_plain(g)), None)
+    if distributed is not None:  # zeros for what was not used are plain
+        grads = [replicated_beside(distributed, g) for g in grads]
     made = _backward(
         *grads, *ctx.saved_tensors, n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
         n.row, n.guidance_scale, n.low, n.high, n.offset, given["unconditional"], n.denoised, n.keeps, given["last"],
@@ -184,11 +187,35 @@ def _batched(*args):
     return (*args[:-1], args[-1] + 1)
 
 
-def _sample_dims(*args):
-    """Along every dimension where all samples are treated alike, and no noise is made here."""
-    step, guidance, key, state, adjust = args[len(_TENSORS) + 1 :][:5]
-    alike = all(t is None or t.numel() == 1 for t in (step, guidance)) and all(t is None for t in (key, state, adjust))
-    return range(args[0].dim()) if alike else ()
+def _shardable(step, guidance, *others):
+    """Whether all samples are treated alike, and nothing is made by an element's index."""
+    return all(t is None or math.prod(t.shape) == 1 for t in (step, guidance)) and all(t is None for t in others)
+
+
+def _places(dim, at, there, behind):
+    """`dim` for tensors of x's shape that are there; that of the model's input, which has one more at `at`."""
+    return [*(dim if t else None for t in there), dim + (dim >= at) if behind else None]
+
+
+def _sharded(*args):
+    n = _Numbers(*args[len(_TENSORS) :])
+    if not _shardable(n.step, n.guidance, n.key, n.state, n.adjust):
+        return
+    at = max(n.sample_dims - 1, 0)
+    made = (True, n.denoised, n.keeps, args[_TENSORS.index("last")] is not None)
+    for dim in range(len(args[0].shape)):
+        yield [dim] * len(_TENSORS), _places(dim, at, made, n.copies)
+
+
+def _sharded_backward(*args):
+    step, guidance, key, state = args[_BACKWARD_TENSORS + 1 :][:4]
+    if not _shardable(step, guidance, key, state):
+        return
+    denoised, keeps, corrects, copies, wanted, sample_dims = args[-6:]
+    at = max(sample_dims - 1, 0)
+    for dim in range(len(args[0].shape)):
+        given = _places(dim, at, (True, denoised, keeps, corrects), copies) + [dim] * (_BACKWARD_TENSORS - 5)
+        yield given, [dim if wanted >> k & 1 else None for k in range(len(_TENSORS))]
 
 
 def _operations(x, *rest, out_shape=None, **kwargs):
@@ -224,6 +251,7 @@ _backward = Operator(
     backward=_pull_backward,
     jvp=_pushed_backward,
     batch=_batched,
+    shard=_sharded_backward,
     flops=_operations,
 )
 step = Operator(
@@ -237,6 +265,6 @@ step = Operator(
     backward=_gradients,
     jvp=_pushed_step,
     batch=_batched,
-    shard=_sample_dims,
+    shard=_sharded,
     flops=_operations,
 )

@@ -10,7 +10,7 @@ import torch
 
 from . import _backend, _checks
 from . import _sampler_operators as operators
-from ._autograd import _are_functorch_transforms_active, is_differentiated
+from ._autograd import _are_functorch_transforms_active, is_differentiated, is_plain, replicated_beside
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
 from ._sampler_step_table import RowPlan, StepTable
 from .reference import _sampler_linear as linear
@@ -121,6 +121,8 @@ def sampler_step(
     coefficients = table.coefficients
     if coefficients.device != x.device:
         coefficients = table.to(x.device).coefficients
+    if not is_plain(x):
+        coefficients, rows, scales, key = (replicated_beside(x, t) for t in (coefficients, rows, scales, key))
     numbers = (coefficients, rows, scales)
     adjust = None
     differentiated = (adjustment or variance is not None) and _are_differentiated(

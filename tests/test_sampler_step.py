@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -414,6 +417,50 @@ def test_vmap_over_a_step():
     assert torch.equal(
         made, torch.stack([sampler_step(a, b, table, 2, clip=1.0).sample for a, b in zip(x, output, strict=True)])
     )
+
+
+# ---- distributed ----
+
+DISTRIBUTED = """
+import torch, torch.distributed as dist
+from pyperf_dl import NoiseSchedule, StepTable, sampler_step
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+schedule = NoiseSchedule.from_betas(10, spacing="trailing")
+torch.manual_seed(0)
+x, output, uncond, *history = torch.randn(6, 4, 3, 8)[:, :, :, None].unbind(0)
+how = {"guidance": 2.0, "clip": 1.0, "denoised": True, "model_inputs": 1}
+for table, count in ((StepTable.unipc(schedule), 3), (StepTable.ddim(schedule), 0)):
+    for placement in (Shard(0), Shard(1), Replicate()):
+        results = []
+        for place in (lambda t: distribute_tensor(t, mesh, [placement]), torch.clone):
+            leaves = [place(t).requires_grad_() for t in (x, output, uncond)]
+            kept = [place(h) for h in history[:count]]
+            step = sampler_step(*leaves[:2], table, 4, uncond=leaves[2], history=kept, **how)
+            made = [step.sample, step.denoised, step.model_input, *step.history]
+            (step.sample.sum() + step.model_input.sum()).backward()
+            results.append([*made, *(t.grad for t in leaves)])
+        sharded, whole = results
+        assert all(t.placements == (placement,) for t in sharded[:2])
+        assert all(torch.equal(a.full_tensor(), b) for a, b in zip(sharded, whole, strict=True))
+sharded = sampler_step(distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(output, mesh, [Shard(0)]),
+                       StepTable.ddpm(schedule), 4, key=3)
+assert torch.equal(sharded.sample.full_tensor(), sampler_step(x, output, StepTable.ddpm(schedule), 4, key=3).sample)
+dist.destroy_process_group()
+print("sharded")
+"""
+
+
+def test_dtensors_may_be_sharded():
+    """Two gloo processes; with noise of keys samples come together before."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, sys.executable, "-c", DISTRIBUTED], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stdout.count("sharded") == 2, done.stderr[-3000:]
 
 
 # ---- what is refused ----
