@@ -23,6 +23,7 @@ TABLES = {
     "euler ancestral": StepTable.euler_ancestral(SIGMA),
     "heun": StepTable.heun(SIGMA),
     "2M SDE": StepTable.dpm_solver_pp(VP, eta=1.0),
+    "2M": StepTable.dpm_solver_pp(VP),
     "3M": StepTable.dpm_solver_pp(VP, order=3),
     "unipc": StepTable.unipc(VP),
     "lms": StepTable.lms(SIGMA),
@@ -408,6 +409,35 @@ def test_compiled_step_is_the_same(how):
     args = (normal(), normal(1), normal(2), torch.tensor([1, 2, 3]))
     compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), two(*args))
+
+
+class GuidedStep(torch.nn.Module):
+    def forward(self, x, output, uncond, kept):
+        step = sampler_step(
+            x, output, TABLES["2M"], 4, uncond=uncond, guidance=3.0, history=(kept,), clip=1.0, model_inputs=2
+        )
+        return step.sample, step.model_input
+
+
+def test_export_with_dynamic_batches():
+    inputs, others = ([normal(k, (size, 3, 8)) for k in range(4)] for size in (4, 7))
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    exported = torch.export.export(GuidedStep(), tuple(inputs), dynamic_shapes=[{0: batch}] * 4)
+    for got, want in zip(exported.module()(*others), GuidedStep()(*others), strict=True):
+        assert torch.equal(got, want)
+    table = torch.export.default_decompositions()
+    table.update(pyperf_dl.decompositions())
+    plain = exported.run_decompositions(table)
+    assert "pyperf_dl" not in plain.graph_module.code
+    torch.testing.assert_close(plain.module()(*others), GuidedStep()(*others))
+
+
+def test_aotinductor_package(tmp_path):
+    inputs, others = (tuple(normal(k + seed, (4, 3, 8)) for k in range(4)) for seed in (0, 10))
+    exported = torch.export.export(GuidedStep(), inputs)
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "step.pt2"))
+    for got, want in zip(torch._inductor.aoti_load_package(package)(*others), GuidedStep()(*others), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_vmap_over_a_step():
