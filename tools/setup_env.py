@@ -41,6 +41,11 @@ def requirements(task):
     return sorted({line for line in wanted if not line.startswith("torch>")})
 
 
+def alone(task):
+    """What is installed without its own requirements."""
+    return load_project()["tool"]["pyperf_dl"]["alone"].get(task, [])
+
+
 def digest(*parts):
     text = hashlib.sha256()
     for part in parts:
@@ -84,6 +89,9 @@ class Environment:
             command.append(f"torch=={self.torch}")  # whatever they ask for, no other torch comes in
         label = f"packages for {task}: {', '.join(wanted)}"
         self.once(task, digest(self.torch, *wanted), label, lambda: self.run(*command))
+        if found := alone(task):
+            command_alone = ("-m", "pip", "install", "--no-deps", *found)
+            self.once(f"{task}-alone", digest(*found), f"alone: {', '.join(found)}", lambda: self.run(*command_alone))
 
     def install_package(self):
         if not all(any(ROOT.glob(f"pyperf_dl/{name}.*.so")) for name in ("_C", "_host")):
