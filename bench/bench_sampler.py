@@ -223,14 +223,13 @@ def case(spec: Spec, full: bool) -> Case:
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device."""
     large = LARGE if device == "cuda" else LATENTS
-    every = [Spec(name, large, dtype, device) for dtype in (torch.float32, torch.bfloat16) for name in METHODS]
-    some = ("Euler", "flow Euler", "DPM-Solver++ 2M", "UniPC", "DDPM")
-    every += [Spec(name, SMALL, torch.float32, device) for name in (METHODS if full else some)]
-    every += [Spec("DDPM", large, dtype, device, noise="key") for dtype in (torch.float32, torch.bfloat16)]
+    in_16_bits = METHODS if full else ("Euler", "DDIM", "UniPC")
+    small = METHODS if full else ("Euler", "UniPC", "DDPM")
+    every = [Spec(name, large, torch.float32, device) for name in METHODS]
+    every += [Spec(name, large, torch.bfloat16, device) for name in in_16_bits]
+    every += [Spec(name, SMALL, torch.float32, device) for name in small]
+    every.append(Spec("DDPM", large, torch.float32, device, noise="key"))
     every.append(Spec("DDIM", large, torch.float32, device, gradient=True))
-    if not full:
-        left_out = ("Euler ancestral", "DPM-Solver++ 2M SDE")
-        every = [s for s in every if s.name not in left_out or s.dtype == torch.float32]
     return [case(spec, full) for spec in every]
 
 
