@@ -349,8 +349,35 @@ def test_errors_are_the_peers():
             fused.step(torch.zeros(SHAPE), 0, torch.zeros(SHAPE))
     with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
         ours.fuse(diffusers.DDIMScheduler()).step(torch.zeros(SHAPE), 0, torch.zeros(SHAPE))
-    with pytest.raises(ValueError, match="noise must have the shape"):
+    with pytest.raises(ValueError, match="noise must be a tensor of the sample's shape"):
         first_step(ours.fuse(diffusers.EulerAncestralDiscreteScheduler()), noise=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"noise": 3}, ValueError, "noise must be a tensor"),
+        ({"noise": torch.zeros(SHAPE), "key": 3}, ValueError, "noise and key exclude each other"),
+        ({"key": "3"}, TypeError, "key must be an int"),
+        ({"key": torch.ones(2)}, TypeError, "key must be torch.int64"),
+        ({"key": torch.arange(3)}, ValueError, "key must have one number, or one a sample"),
+        ({"key": 2**64}, ValueError, "key must have 64 bits"),
+    ],
+    ids=str,
+)
+def test_wrong_noise_and_keys(given, error, message):
+    with pytest.raises(error, match=f"step: {message}"):
+        first_step(ours.fuse(diffusers.EulerAncestralDiscreteScheduler()), **given)
+
+
+def test_fuse_refuses_what_is_no_scheduler():
+    for wrong in (None, "DDIM", diffusers.DDIMScheduler, torch.nn.Module()):
+        with pytest.raises(TypeError, match="fuse: scheduler must be a scheduler, or a pipeline with one"):
+            ours.fuse(wrong)
+    with pytest.raises(TypeError, match="fuse: denoised must be a bool"):
+        ours.fuse(diffusers.DDIMScheduler(), denoised=0)
+    with pytest.raises(ValueError, match="guidance is for a pipeline, got a DDIMScheduler"):
+        ours.fuse(diffusers.DDIMScheduler(), guidance=True)
 
 
 def test_other_schedulers_stay():
@@ -458,6 +485,7 @@ def test_without_denoised():
     for name in ("DDIM", "EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM", "DDPM"):
         peer, how = made(ONE_EACH[name])
         fused = ours.fuse(peer, denoised=False)
+        assert ours.fuse(ours.fuse(peer), denoised=False)._pyperf_dl.denoised is False
         assert first_step(fused, **how).get("pred_original_sample") is None
         assert_same_loop(peer, fused, how)
 

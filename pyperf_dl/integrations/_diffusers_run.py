@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .. import _checks
 from .. import _sampler_operators as operators
 from .._autograd import is_differentiated
 from .._sampler_noise import generator_state
+from .._sampler_step import checked_key
 from ..reference import _sampler_linear as linear
 from . import _diffusers_tables as tables
 from . import _swap
@@ -333,15 +335,15 @@ def drawn(
     if not plan.draws(step):
         return _SILENCE
     if noise is not None:
-        if noise.shape != like.shape:
+        if key is not None:
+            raise ValueError("step: noise and key exclude each other, got both")
+        if not isinstance(noise, torch.Tensor) or noise.shape != like.shape:
             raise ValueError(
-                f"step: noise must have the shape {list(like.shape)} of the sample, got {list(noise.shape)}"
+                f"step: noise must be a tensor of the sample's shape {list(like.shape)}, got {_checks.described(noise)}"
             )
         return Noise(noise.to(like.device))
     if key is not None:
-        if not isinstance(key, torch.Tensor):
-            return Noise(key=torch.full((1,), key, dtype=torch.int64, device=like.device))
-        return Noise(key=key.to(like.device, torch.int64).reshape(-1))
+        return Noise(key=checked_key("step", key.to(like.device) if isinstance(key, torch.Tensor) else key, like))
     if dtype == kept and like.is_cuda and getattr(generator, "device", like.device) == like.device:
         drawn = generator_state(like, generator)
         if drawn is not None:

@@ -148,8 +148,8 @@ class Peer:
         """The peer's own method, whatever is there now."""
         return next(p.original for p in self._places if p.owner is owner and p.name == name)
 
-    def check_version(self) -> None:
-        operator = f"{self.name}.enable"
+    def check_version(self, function: str = "enable") -> None:
+        operator = f"{self.name}.{function}"
         try:
             version = importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:

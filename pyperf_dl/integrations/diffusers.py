@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import _checks
 from . import _diffusers_guidance as guidance_of
 from . import _diffusers_run as core
 from . import _swap
@@ -82,10 +83,12 @@ def fuse(scheduler: Any, *, denoised: bool = True, guidance: bool = False) -> An
             to them is done as ever.
 
     Returns:
-        The new scheduler; the same object where pyperf_dl has no such class, which :func:`report` counts.
+        The new scheduler; the same object where it is one already, which then takes `denoised`, or where pyperf_dl has
+        no such class, which :func:`report` counts.
 
     Raises:
-        ValueError: a version of diffusers other than 0.42.
+        TypeError: what is neither a scheduler nor a pipeline with one.
+        ValueError: a version of diffusers other than 0.42; guidance without a pipeline.
         ImportError: diffusers is not installed.
 
     >>> import diffusers, pyperf_dl.integrations.diffusers
@@ -93,14 +96,20 @@ def fuse(scheduler: Any, *, denoised: bool = True, guidance: bool = False) -> An
     >>> isinstance(fused, diffusers.DDIMScheduler), type(fused).__name__
     (True, 'DDIMScheduler')
     """
-    _peer.check_version()
+    op = "diffusers.fuse"
+    _peer.check_version("fuse")
+    _checks.flag(op, "denoised", denoised)
+    _checks.flag(op, "guidance", guidance)
     pipeline = None if hasattr(scheduler, "step") else scheduler
-    if pipeline is not None:
-        scheduler = pipeline.scheduler
-    elif guidance:
-        raise ValueError(f"fuse: guidance is for a pipeline, got a {type(scheduler).__name__}")
-    kind = type(scheduler)
-    if getattr(kind, "_pyperf_dl_of", None) is None:
+    own = scheduler if pipeline is None else getattr(pipeline, "scheduler", None)
+    if isinstance(own, type) or not hasattr(own, "step"):
+        raise TypeError(f"{op}: scheduler must be a scheduler, or a pipeline with one, got {scheduler!r}")
+    if pipeline is None and guidance:
+        raise ValueError(f"{op}: guidance is for a pipeline, got a {type(scheduler).__name__}")
+    scheduler, kind = own, type(own)
+    if getattr(kind, "_pyperf_dl_of", None) is not None:
+        scheduler._pyperf_dl.denoised = denoised
+    else:
         if kind is not _takeovers().get(kind.__name__, (None,))[0]:
             _peer.count(f"{kind.__name__} is not taken over")
             return scheduler
@@ -117,7 +126,7 @@ def _puts_off(pipeline: Any) -> None:
     models = [m for m in (getattr(pipeline, name, None) for name in ("unet", "transformer")) if m is not None]
     if not models:
         raise ValueError(
-            f"fuse: guidance is for a pipeline with a unet or a transformer, got {type(pipeline).__name__}"
+            f"diffusers.fuse: guidance is for a pipeline with a unet or a transformer, got {type(pipeline).__name__}"
         )
     for model in models:
         if not any(hook is _noted for hook in model._forward_hooks.values()):
