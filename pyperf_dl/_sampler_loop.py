@@ -99,6 +99,8 @@ class Sampler:
             raise ValueError(f"{op}: begin must be in [0, {len(self.table) - 1}], got {begin}")
         if noise is not None and (generator is not None or key is not None):
             raise ValueError(f"{op}: noise excludes generator and key, got both")
+        if noise is not None and not callable(noise):
+            raise TypeError(f"{op}: noise must be a function of the row, got {_checks.described(noise)}")
         for name, flag in (("progress", progress), ("return_trajectory", return_trajectory), ("capture", capture)):
             _checks.flag(op, name, flag)
         if capture:

@@ -194,7 +194,7 @@ class NoiseSchedule:
     @classmethod
     def from_sigmas(
         cls,
-        sigmas: Sequence[float],
+        sigmas: Sequence[float] | torch.Tensor,
         *,
         space: str = "sigma",
         timesteps: Sequence[float] | None = None,
@@ -206,7 +206,8 @@ class NoiseSchedule:
         in "flow"."""
         op = "NoiseSchedule.from_sigmas"
         _checks.choice(op, "space", space, SPACES)
-        sigmas = [_checks.number(op, "sigmas", s, 0.0) for s in sigmas]
+        values = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas
+        sigmas = [_checks.number(op, "sigmas", s, 0.0) for s in values]
         if len(sigmas) < 2:
             raise ValueError(f"{op}: sigmas must be 2 or more, that of each step and the last one, got {sigmas!r}")
         if space == "flow":

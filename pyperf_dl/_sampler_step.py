@@ -234,7 +234,7 @@ def first_noise(x: torch.Tensor, noise: Any = None, generator: Any = None, key: 
 
 def _checked_step(op: str, step: Any, table: Any, x: torch.Tensor) -> tuple[int, torch.Tensor | None]:
     if not isinstance(table, StepTable):
-        raise TypeError(f"{op}: table must be a StepTable, got {_checks.described(table)}")
+        raise TypeError(f"{op}: table must be a StepTable, got {type(table).__name__}")
     if isinstance(step, torch.Tensor) and step.is_cpu and step.numel() == 1 and not x.is_cpu:
         step = int(step)
     if isinstance(step, torch.Tensor):
@@ -245,11 +245,11 @@ def _checked_step(op: str, step: Any, table: Any, x: torch.Tensor) -> tuple[int,
     return row, None
 
 
-def _checked_like(op: str, name: str, value: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _checked_like(op: str, name: str, value: Any, x: torch.Tensor, dtype: torch.dtype, like: str = "x") -> torch.Tensor:
     _checks.strided_tensor(op, name, value, DTYPES)
     if value.dtype != dtype or value.device != x.device or value.shape != x.shape:
         raise ValueError(
-            f"{op}: {name} must be {dtype} {list(x.shape)} on {x.device}, as x is, got {_checks.described(value)}"
+            f"{op}: {name} must be {dtype} {list(x.shape)} on {x.device}, as {like} is, got {_checks.described(value)}"
         )
     return value
 
@@ -290,7 +290,7 @@ def _checked_guidance(
     _checks.strided_tensor(op, "uncond", uncond, DTYPES)
     if table.learned_variance and uncond.dim() > 1 and uncond.shape[1] == 2 * x.shape[1]:
         uncond = uncond.chunk(2, 1)[0]
-    _checked_like(op, "uncond", uncond, x, output.dtype)
+    _checked_like(op, "uncond", uncond, x, output.dtype, "model_output")
     if isinstance(guidance, torch.Tensor):
         return uncond, 1.0, one_a_sample(op, "guidance", guidance, x, torch.float64)
     return uncond, _checks.number(op, "guidance", guidance, finite=True), None

@@ -290,6 +290,7 @@ def test_explicit_sigmas():
     assert schedule.levels == ((1, 4), (1, 1), (1, 0))
     assert schedule.initial_scale == 4
     assert_near(schedule.timesteps, [math.log(4) / 4, 0.0], 1e-12)
+    assert NoiseSchedule.from_sigmas(torch.tensor([4.0, 1.0, 0.0])) == schedule
     flow = NoiseSchedule.from_sigmas([1.0, 0.25, 0.125], space="flow")
     assert flow.levels == ((0, 1), (0.75, 0.25), (0.875, 0.125))
     assert flow.timesteps == (1000, 250)

@@ -508,6 +508,10 @@ WRONG = {
     "output shape": ({"model_output": FLOAT[:2]}, ValueError, "model_output must be"),
     "output dtype": ({"model_output": FLOAT.double()}, TypeError, "model_output must have x's dtype"),
     "uncond shape": ({"uncond": FLOAT[..., :2], "guidance": 2.0}, ValueError, "uncond must be"),
+    "uncond dtype": (
+        {"model_output": FLOAT.half(), "uncond": FLOAT, "guidance": 2.0}, ValueError,
+        "uncond must be torch.float16 .*, as model_output is, got",
+    ),
     "guidance alone": ({"guidance": 2.0}, ValueError, "guidance needs uncond"),
     "uncond alone": ({"uncond": FLOAT}, ValueError, "uncond needs guidance"),
     "guidance nan": ({"uncond": FLOAT, "guidance": math.nan}, ValueError, "guidance must be finite"),
@@ -583,6 +587,8 @@ def test_wrong_calls_of_the_sampler_raise():
         sampler.sample(lambda inputs, t: inputs[:3], FLOAT, guidance=2.0)
     with pytest.raises(TypeError, match="x must be"):
         sampler.sample(flow_model, [1.0])
+    with pytest.raises(TypeError, match="noise must be a function of the row"):
+        sampler.sample(flow_model, FLOAT, noise=FLOAT)
 
 
 def test_wrong_calls_of_per_sample_noise_raise():
