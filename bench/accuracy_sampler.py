@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from bench_sampler import FAMILY, METHODS, ROW, SCALE, SEED, Spec, diffusers_step, inputs_of, ours, prepared, table_of
+from harness import pyperf_dl
 from report import insert
 
 SHAPE = (16, 4, 64, 64)
@@ -28,8 +29,6 @@ def noise_of(spec: Spec) -> torch.Tensor:
 
 def in_float64(spec: Spec, inputs: Any) -> torch.Tensor:
     """The step of the same numbers, and the same noise, in plain PyTorch."""
-    import pyperf_dl
-
     table = table_of(spec.name)
     x, cond, uncond, *history = (t.double() for t in inputs)
     how: dict[str, Any] = {"uncond": uncond, "guidance": SCALE, "history": tuple(history), "clip": spec.method.clip}
@@ -58,7 +57,8 @@ def row(name: str) -> str:
 def markdown() -> str:
     names = " | ".join(f"{str(d).removeprefix('torch.')} | diffusers" for d in DTYPES)
     head = [
-        f"RMS error of guidance (scale {SCALE}) and one step of normal tensors; 1: float64, rounded once.\n",
+        f"RMS error of guidance (scale {SCALE}) and one step of normal tensors, over that of rounding what float64 "
+        "gives:\n",
         f"| sampler | {names} |",
         "| --- |" + " --: |" * (2 * len(DTYPES)),
     ]

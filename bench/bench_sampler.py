@@ -162,8 +162,7 @@ def diffusers_step(spec: Spec, to: Prepared) -> Any:
         scheduler.model_outputs, scheduler.lower_order_nums = ([None, *to.history])[-2:], 2
     how = {"generator": generator_of(spec.device).manual_seed(SEED)} if to.takes_generator else {}
     with torch.no_grad():
-        made = scheduler.step(uncond + SCALE * (cond - uncond), to.timestep, x, **how).prev_sample
-    return made
+        return scheduler.step(uncond + SCALE * (cond - uncond), to.timestep, x, **how).prev_sample
 
 
 def agrees(spec: Spec, inputs: Any, made: Any, theirs: Any) -> bool:
