@@ -449,6 +449,16 @@ def test_vmap_over_a_step():
     )
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_empty_batch(backend):
+    x, none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
+    table = StepTable.ddim(NoiseSchedule.from_betas(10), eta=1.0)
+    with pyperf_dl.backend(backend):
+        step = sampler_step(x, x, table, none, uncond=x, guidance=torch.zeros(0), key=none)
+        assert step.sample.shape == per_sample_noise([0, 3], none).shape == (0, 3)
+        assert sampler_step(x, x, table, 1, generator=[]).sample.shape == (0, 3)
+
+
 # ---- distributed ----
 
 DISTRIBUTED = """
