@@ -207,6 +207,27 @@ class StepTable:
                 each.__dict__[name] = getattr(other, name)
         return self
 
+    @classmethod
+    def joined(cls, *tables: StepTable) -> StepTable:
+        """The rows of several tables after each other, for a batch whose samples are at steps of different samplers:
+        row i of the second table is row ``len(first) + i``. initial_scale and first_noise are those of the first."""
+        op = "StepTable.joined"
+        if not tables or not all(isinstance(t, StepTable) for t in tables):
+            names = ", ".join(type(t).__name__ for t in tables)
+            raise TypeError(f"{op}: tables must be one StepTable or more, got ({names})")
+        coefficients = torch.cat([t.to("cpu").coefficients for t in tables])
+        times = [time for t in tables for time in t.timesteps.tolist()]
+        first = tables[0]
+        made = cls(
+            coefficients[:, :-1].tolist(),
+            times,
+            initial_scale=first.initial_scale,
+            first_noise=first.first_noise,
+        )
+        made.coefficients.copy_(coefficients)
+        made.__dict__["first_input_scale"] = first.first_input_scale
+        return made
+
     # ---- samplers of a variance-preserving process ----
 
     @classmethod
@@ -353,7 +374,7 @@ class StepTable:
         prediction: str | None = None,
         *,
         order: int = 2,
-        kind: str = "midpoint",
+        solver_type: str = "midpoint",
         eta: float = 0.0,
         s_noise: float = 1.0,
         lower_order_final: bool = True,
@@ -361,15 +382,15 @@ class StepTable:
         """Multistep DPM-Solver++ (Lu et al.: DPM-Solver++, 2022, algorithm 2 and section 4).
 
         order: 1 to 3; the first steps, and one to sigma = 0, have a lower one, and with lower_order_final the last two.
-        kind: "midpoint" or "heun", of order 2. eta: of its SDE, 1 in the paper and k-diffusion's default. s_noise:
-        times its noise.
+        solver_type: "midpoint" or "heun", of order 2. eta: of its SDE, 1 in the paper and k-diffusion's default.
+        s_noise: times its noise.
         """
         op = "StepTable.dpm_solver_pp"
         weights = _of(op, schedule, prediction)
         order = _order(op, order, 3)
-        _checks.choice(op, "kind", kind, ("midpoint", "heun"))
+        _checks.choice(op, "solver_type", solver_type, ("midpoint", "heun"))
         _checks.flag(op, "lower_order_final", lower_order_final)
-        how = (order, kind, *_noise(op, eta, s_noise), lower_order_final)
+        how = (order, solver_type, *_noise(op, eta, s_noise), lower_order_final)
         return _over(schedule, table.dpm_solver_pp(schedule.levels, weights, *how))
 
     @classmethod
@@ -378,17 +399,17 @@ class StepTable:
         schedule: NoiseSchedule,
         prediction: str | None = None,
         *,
-        b: str = "bh2",
+        solver_type: str = "bh2",
         lower_order_final: bool = True,
     ) -> StepTable:
         """UniPC of order 2 with data prediction (Zhao et al.: UniPC, 2023, appendix A): the corrector of a step and the
-        predictor of the next in one row. b: B(h) = h ("bh1") or exp(h) - 1 ("bh2")."""
+        predictor of the next in one row. solver_type: B(h) = h ("bh1") or exp(h) - 1 ("bh2")."""
         op = "StepTable.unipc"
         weights = _of(op, schedule, prediction)
-        if _checks.choice(op, "b", b, ("bh1", "bh2")) == "bh1":
-            _needs_signal(op, schedule, "b='bh1'")
+        if _checks.choice(op, "solver_type", solver_type, ("bh1", "bh2")) == "bh1":
+            _needs_signal(op, schedule, "solver_type='bh1'")
         _checks.flag(op, "lower_order_final", lower_order_final)
-        return _over(schedule, table.unipc(schedule.levels, weights, b, lower_order_final))
+        return _over(schedule, table.unipc(schedule.levels, weights, solver_type, lower_order_final))
 
     # ---- rectified flows ----
 

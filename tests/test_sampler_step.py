@@ -98,14 +98,24 @@ def test_rows_in_a_tensor(name):
 
 def test_a_table_of_rows_of_several_samplers():
     """Mixed requests: rows of two tables after each other, one step of both in one batch."""
-    both = StepTable(
-        [*StepTable.ddim(VP).coefficients[:, :18].tolist(), *TABLES["ddpm"].coefficients[:, :18].tolist()], range(20)
-    )
+    both = StepTable.joined(StepTable.ddim(VP), TABLES["ddpm"])
     x, output, noise = normal(), normal(1), normal(2)
     made = sampler_step(x, output, both, torch.tensor([3, 13, 14]), noise=noise).sample
     assert torch.equal(made[0], sampler_step(x, output, StepTable.ddim(VP), 3).sample[0])
     for s in (1, 2):
         assert torch.equal(made[s], sampler_step(x, output, TABLES["ddpm"], 2 + s, noise=noise).sample[s])
+
+
+def test_joined_tables_keep_their_numbers():
+    tables = [StepTable.euler(SIGMA), TABLES["2M SDE"], TABLES["unipc"]]
+    both = StepTable.joined(*tables)
+    assert torch.equal(both.coefficients, torch.cat([t.coefficients for t in tables]))
+    assert both.timesteps.tolist() == [time for t in tables for time in t.timesteps.tolist()]
+    assert both.initial_scale == tables[0].initial_scale
+    assert both.first_input_scale == tables[0].first_input_scale
+    for wrong in ((), (tables[0], 3)):
+        with pytest.raises(TypeError, match="joined: tables"):
+            StepTable.joined(*wrong)
 
 
 # ---- guidance, model inputs ----

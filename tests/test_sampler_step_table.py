@@ -333,7 +333,7 @@ def test_dpm_solver_pp(name, prediction, order, kind, lower_order_final, eta):
         return sampler.dpm_solver_pp_3m(x, ds[:3], past[:3], after, **how)
 
     table = StepTable.dpm_solver_pp(
-        schedule, prediction, order=order, kind=kind, eta=eta, s_noise=1.02, lower_order_final=lower_order_final
+        schedule, prediction, order=order, solver_type=kind, eta=eta, s_noise=1.02, lower_order_final=lower_order_final
     )
     assert table.keeps == ("nothing" if order == 1 else "denoised")
     assert_same(by_table(table), by_paper(schedule, prediction, step))
@@ -345,8 +345,8 @@ def test_unipc(name, prediction, b):
     schedule, ds, state = SCHEDULES[name], [], {"order": 1}
     levels, count = schedule.levels, len(schedule)
     if levels[0].alpha == 0 and b == "bh1":
-        with pytest.raises(ValueError, match="schedule must begin with some signal for b='bh1'"):
-            StepTable.unipc(schedule, prediction, b=b)
+        with pytest.raises(ValueError, match="schedule must begin with some signal for solver_type='bh1'"):
+            StepTable.unipc(schedule, prediction, solver_type=b)
         return
 
     def step(i, x, d, output, noise):
@@ -364,7 +364,7 @@ def test_unipc(name, prediction, b):
             return after.sigma * x + after.alpha * d
         return sampler.unipc_predictor(x, ds[:order], past[:order], after, b) if after.sigma else after.alpha * d
 
-    table = StepTable.unipc(schedule, prediction, b=b)
+    table = StepTable.unipc(schedule, prediction, solver_type=b)
     assert table.corrects == (False,) + (True,) * (count - 1)
     assert table.keeps == "denoised"
     assert_same(by_table(table), by_paper(schedule, prediction, step))
@@ -526,7 +526,7 @@ MULTISTEP = [TRAILING, {"use_karras_sigmas": True}, {"prediction_type": "v_predi
 @pytest.mark.parametrize("config", MULTISTEP, ids=str)
 def test_dpm_solver_of_diffusers(config, order, kind, algorithm, monkeypatch):
     def build(schedule, prediction):
-        return StepTable.dpm_solver_pp(schedule, prediction, order=order, kind=kind, eta=float(algorithm != ""))
+        return StepTable.dpm_solver_pp(schedule, prediction, order=order, solver_type=kind, eta=float(algorithm != ""))
 
     options = {"solver_order": order, "solver_type": kind, "algorithm_type": algorithm + "dpmsolver++", **config}
     check("DPMSolverMultistepScheduler", monkeypatch, build, options, 1e-5)
@@ -693,9 +693,9 @@ ROW = _sampler_table.Row(1.0, 0.0)
         (lambda: StepTable.lms(EDM, order=5), ValueError, "lms: order must be at most 4, got 5"),
         (lambda: StepTable.lms(EDM, order=0), ValueError, "lms: order must be >= 1, got 0"),
         (lambda: StepTable.dpm_solver_pp(EDM, order=4), ValueError, "dpm_solver_pp: order must be at most 3, got 4"),
-        (lambda: StepTable.dpm_solver_pp(EDM, kind="ab"), ValueError, "kind must be one of .* got 'ab'"),
+        (lambda: StepTable.dpm_solver_pp(EDM, solver_type="ab"), ValueError, "solver_type must be one of .* got 'ab'"),
         (lambda: StepTable.dpm_solver_pp(EDM, s_noise=-1), ValueError, "s_noise must be >= 0.0, got -1"),
-        (lambda: StepTable.unipc(EDM, b="bh3"), ValueError, "b must be one of .* got 'bh3'"),
+        (lambda: StepTable.unipc(EDM, solver_type="bh3"), ValueError, "solver_type must be one of .* got 'bh3'"),
         (lambda: StepTable.edm_churn(EDM, s_churn=-1), ValueError, "edm_churn: s_churn must be >= 0.0, got -1"),
         (
             lambda: StepTable.edm_churn(NoiseSchedule.from_sigmas([2.0, 1.0], timesteps=[9])),
