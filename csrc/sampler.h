@@ -111,9 +111,15 @@ std::tuple<const T*, int64_t> numbers(const char* what, const MaybeTensor& t, co
   if (!t) return {nullptr, 1};
   const int64_t count = t->numel() / width;
   require(t->scalar_type() == dtype && t->device() == x.device() && t->is_contiguous() && count * width == t->numel() &&
-              count > 0 && (shape.samples == 0 || shape.samples % count == 0),
+              (shape.samples == 0 || (count > 0 && shape.samples % count == 0)),
           "sampler_step: ", what, " must be contiguous, on x's device, for all samples or one for each");
   return {static_cast<const T*>(t->data_ptr()), count};
+}
+
+template <class Backend>
+void require_one_source(const char* name, const MaybeTensor& noise, const MaybeTensor& key, const MaybeTensor& state) {
+  require(int(noise.has_value()) + int(key.has_value()) + int(state.has_value()) <= 1 && (Backend::kDraws || !state),
+          name, ": noise, key and state exclude each other, and state is for CUDA");
 }
 
 inline bool is_on_cpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CPU; }

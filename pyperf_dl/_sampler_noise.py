@@ -158,6 +158,4 @@ def one_a_sample(op: str, name: str, value: torch.Tensor, x: torch.Tensor, dtype
         raise ValueError(f"{op}: {name} must have one number, or one a sample ({x.shape[0]}), got {list(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{op}: {name} has no derivative here, detach it")
-    if value.numel() == 0:  # the operators take one number at least
-        value = value.new_zeros(1)
-    return value.reshape(-1).to(dtype)
+    return value.reshape(-1).to(dtype).contiguous()

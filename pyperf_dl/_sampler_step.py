@@ -14,6 +14,7 @@ from ._autograd import _are_functorch_transforms_active, is_differentiated, is_p
 from ._sampler_noise import checked_generators, drawn, generator_state, one_a_sample
 from ._sampler_step_table import RowPlan, StepTable
 from .reference import _sampler_linear as linear
+from .reference._sampler_linear import COLUMNS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -123,6 +124,8 @@ def sampler_step(
         coefficients = table.to(x.device).coefficients
     if not is_plain(x):
         coefficients, rows, scales, key = (replicated_beside(x, t) for t in (coefficients, rows, scales, key))
+    if rows is not None and last is not None:
+        coefficients, last = _corrected_by_all(coefficients, rows, last, x)
     numbers = (coefficients, rows, scales)
     adjust = None
     differentiated = (adjustment or variance is not None) and _are_differentiated(
@@ -351,6 +354,18 @@ def _checked_history(
         _checked_like(op, "history", tensor, x, x.dtype)
     kept = history[:-1] if plan.correcting else history
     return tuple(kept), history[-1] if plan.corrects else None
+
+
+def _corrected_by_all(
+    coefficients: torch.Tensor, rows: torch.Tensor, last: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table and `last` for samples of which some are at rows that correct nothing: there x is corrected to x."""
+    first = COLUMNS.index("last_x")
+    idle = (coefficients[:, first : COLUMNS.index("last_h2") + 1] == 0).all(1)
+    coefficients = coefficients.clone()
+    coefficients[:, first] += idle
+    idle = idle[rows.clamp(0, idle.numel() - 1)].view(-1, *[1] * (x.dim() - 1))
+    return coefficients, torch.where(idle, x, last)
 
 
 def _checked_noise(

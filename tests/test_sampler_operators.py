@@ -48,7 +48,7 @@ def arguments(
     """Of sampler_step: random tensors and a table of random numbers, so that no coefficient hides behind a 0."""
     g = torch.Generator().manual_seed(seed)
     output_dtype = output_dtype or dtype
-    samples = max(shape[0], 1)
+    samples = shape[0]
 
     def tensor(wanted, dtype):
         if not wanted:

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 import pyperf_dl
-from pyperf_dl import BrownianNoise, NoiseSchedule, Sampler, StepTable, per_sample_noise, sampler_step
+from pyperf_dl import BrownianNoise, NoiseSchedule, Sampler, StepTable, _backend, per_sample_noise, sampler_step
 from pyperf_dl.reference import _sampler_linear as linear
 
 VP = NoiseSchedule.from_betas(10, spacing="trailing")
@@ -30,6 +31,7 @@ TABLES = {
     "flow": StepTable.flow_euler(FLOW),
 }
 SHAPE = (3, 4, 5, 6)
+BACKENDS = ["reference", *["native"] * (_backend._C is not None)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -94,6 +96,48 @@ def test_rows_in_a_tensor(name):
         alone = sampler_step(x[s : s + 1], outputs[0][s : s + 1], table, row, **own)
         assert torch.equal(together.sample[s], alone.sample[0])
         assert torch.equal(together.model_input[s], alone.model_input[0])
+
+
+@pytest.mark.parametrize("schedule", [VP, SIGMA, FLOW])
+def test_rows_in_a_tensor_of_which_some_correct_nothing(schedule):
+    table = StepTable.unipc(schedule)
+    x, output, history = normal(), normal(1), tuple(normal(50 + k) for k in range(3))
+    together = sampler_step(x, output, table, torch.tensor([0, 5, 0]), history=history, clip=2.0)
+    for s, row in enumerate([0, 5, 0]):
+        own = [h[s : s + 1] for h in history] if row else []
+        alone = sampler_step(x[s : s + 1], output[s : s + 1], table, row, history=own, clip=2.0)
+        assert torch.equal(together.sample[s], alone.sample[0])
+        assert torch.equal(together.history[0][s], alone.history[0][0])
+        assert torch.equal(together.history[-1][s], alone.history[-1][0])
+
+
+def test_numbers_of_samples_may_lie_anywhere():
+    table, x, output, uncond = TABLES["ddpm"], normal(), normal(1), normal(2)
+    steps, keys, scales = torch.tensor([3, 4, 5]), torch.tensor([7, 7, 7]), torch.tensor([2.0, 3.0, 4.0]).double()
+    made = sampler_step(x, output, table, steps, key=keys, uncond=uncond, guidance=scales).sample
+    spread = [torch.stack([t, t], 1)[:, 0] for t in (steps, scales)]
+    key = torch.tensor(7).expand(3)
+    assert torch.equal(
+        made, sampler_step(x, output, table, spread[0], key=key, uncond=uncond, guidance=spread[1]).sample
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend):
+    x, numbers = torch.empty(0, 4, 5), torch.empty(0, dtype=torch.int64)
+    table = TABLES["ddpm"]
+    with pyperf_dl.backend(backend):
+        for how in (
+            {"step": numbers},
+            {"key": numbers},
+            {"uncond": x, "guidance": numbers.double()},
+            {"uncond": x, "guidance": 2.0, "guidance_rescale": 0.5},
+            {"dynamic_threshold": (0.9, 2.0)},
+            {"generator": []},
+        ):
+            step = sampler_step(x, x, **{"table": table, "step": 3, "model_inputs": 2} | how)
+            assert step.sample.shape == step.model_input.shape == (0, 4, 5)
+        assert per_sample_noise([0, 3], numbers).shape == (0, 3)
 
 
 def test_a_table_of_rows_of_several_samplers():
@@ -457,16 +501,6 @@ def test_vmap_over_a_step():
     assert torch.equal(
         made, torch.stack([sampler_step(a, b, table, 2, clip=1.0).sample for a, b in zip(x, output, strict=True)])
     )
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_an_empty_batch(backend):
-    x, none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
-    table = StepTable.ddim(NoiseSchedule.from_betas(10), eta=1.0)
-    with pyperf_dl.backend(backend):
-        step = sampler_step(x, x, table, none, uncond=x, guidance=torch.zeros(0), key=none)
-        assert step.sample.shape == per_sample_noise([0, 3], none).shape == (0, 3)
-        assert sampler_step(x, x, table, 1, generator=[]).sample.shape == (0, 3)
 
 
 # ---- distributed ----

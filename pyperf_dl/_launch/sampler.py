@@ -68,7 +68,7 @@ class _Numbers(NamedTuple):
         count, rest = divmod(t.numel(), width)
         met = t.dtype == dtype and t.device == like.device and t.is_contiguous() and not rest
         _require(
-            met and count > 0 and samples % count == 0,
+            met and (samples == 0 or (count > 0 and samples % count == 0)),
             name,
             f"{what} must be {dtype}, contiguous, on {like.device}, for all of {samples} samples or one for each",
             f"{t.dtype} {list(t.shape)} on {t.device}",

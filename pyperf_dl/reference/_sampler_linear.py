@@ -142,8 +142,9 @@ def _of_samples(numbers: torch.Tensor, shape: torch.Size, sample_dims: int) -> A
     if numbers.dim() == 2:
         return tuple(_of_samples(n, shape, sample_dims) for n in numbers.unbind(1))
     lead = shape[:sample_dims]
-    each = numbers.reshape(-1).repeat(max(math.prod(lead) // numbers.numel(), 1))[: math.prod(lead)]
-    return each.reshape(*lead, *[1] * (len(shape) - sample_dims))
+    samples = math.prod(lead)
+    each = numbers.reshape(-1).repeat(max(samples // max(numbers.numel(), 1), 1))[:samples]
+    return each.reshape([*lead, *[1] * (len(shape) - sample_dims)])
 
 
 def _coefficients(
