@@ -219,8 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(
     double low, double high, int64_t offset, bool denoised, bool keeps, int64_t copies, int64_t sample_dims) {
   check_dtypes(x, output);
   const ScalarType type = x.scalar_type(), model_type = output.scalar_type();
-  require(int(noise.has_value()) + int(key.has_value()) + int(state.has_value()) <= 1 && (Backend::kDraws || !state),
-          "sampler_step: noise, key and state exclude each other, and state is for CUDA");
+  require_one_source<Backend>("sampler_step", noise, key, state);
   const SampleShape shape(x, sample_dims, key || state);
   StepCall call = call_of(x, model_type, shape, {table, steps, guidance, key, state, adjust},
                           {row, guidance_scale, low, high, offset, copies});
@@ -259,8 +258,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     double low, double high, int64_t offset, bool guided, bool denoised, bool keeps, bool corrects, int64_t copies,
     int64_t wanted, int64_t sample_dims) {
   check_dtypes(grad_next, grad_model_input);
+  for (const Tensor* grad : {&grad_denoised, &grad_kept, &grad_corrected, &grad_model_input})
+    require(grad->device() == grad_next.device(), "sampler_step_backward: gradients must be on one device");
   const ScalarType type = grad_next.scalar_type(), model_type = grad_model_input.scalar_type();
-  require(Backend::kDraws || !state, "sampler_step_backward: state is for CUDA");
+  require_one_source<Backend>("sampler_step_backward", noise, key, state);
   const SampleShape shape(grad_next, sample_dims, key || state);
   StepCall call = call_of(grad_next, model_type, shape, {table, steps, guidance, key, state, {}},
                           {row, guidance_scale, low, high, offset, copies});

@@ -446,6 +446,24 @@ def test_wrong_calls_of_the_raw_operator_raise():
             ops.sampler_step(*wrong)
 
 
+@compiled
+def test_wrong_calls_of_the_raw_backward_raise():
+    args = backward_arguments(arguments((2, 8), torch.float32, clip=(-1.0, 1.0), variance=True))
+    ops.sampler_step_backward(*args)
+    cases = {
+        "grad_denoised": (1, args[1][:1]),
+        "grad_model_input": (4, args[4][:1]),
+        "float16, bfloat16": (4, args[4].int()),
+        "a clip needs": (5, None),
+        "learned variance needs": (8, None),
+        "exclude": (13, torch.tensor([1])),
+    }
+    for text, (k, value) in cases.items():
+        wrong = [*args[:k], value, *args[k + 1 :]]
+        with pytest.raises(RuntimeError, match=text):
+            ops.sampler_step_backward(*wrong)
+
+
 # ---- noise of keys ----
 
 
