@@ -197,6 +197,21 @@ def test_adjustments_agree_with_reference(shape, dtype, uncond, per_sample, resc
     torch.testing.assert_close(got, want, rtol=64 * torch.finfo(arithmetic).eps, atol=0)
 
 
+def test_adjustments_of_samples_of_one_element_or_none():
+    table = torch.zeros(1, 19).double()
+    table[0, 0] = 1
+    for x in (torch.tensor([-3.0, 2.0, 0.5]).double(), torch.zeros(3, 0).double()):
+        made = [
+            f(x, x, x, table, None, None, 0, 2.0, 0.5, 0.9, INF, 1)
+            for f in (linear.sampler_adjustments, ops.sampler_adjustments)
+        ]
+        assert made[0].shape == made[1].shape == (3, 2)
+        assert made[0][:, 0].isnan().all()  # one element has no deviation
+    x = torch.tensor([-3.0, 2.0, 0.5]).double()
+    for f in (linear.sampler_adjustments, ops.sampler_adjustments):
+        assert f(x, x, None, table, None, None, 0, 1.0, 0.0, 0.9, INF, 1)[:, 1].tolist() == [3.0, 2.0, 1.0]
+
+
 def test_a_nan_makes_the_bound_of_its_sample_nan():
     args = list(adjustment_arguments(arguments((3, 50), torch.float32), 0.0, 0.9, INF))
     args[0] = args[0].clone()

@@ -215,19 +215,21 @@ def sampler_adjustments(
     """[samples, 2]: by what the guided output is multiplied (Lin, Liu, Li, Yang: Common diffusion noise schedules and
     sample steps are flawed, 2023, eq. 15 and 16), and the bound of the denoised sample (dynamic thresholding: Saharia
     et al.: Photorealistic text-to-image diffusion models, 2022, 2.3); infinite where `quantile` is 0."""
+    # With a dimension behind, a sample of one element has one too.
+    x, output, unconditional = (None if t is None else t.double().unsqueeze(-1) for t in (x, output, unconditional))
     shape = x.shape
     dims = tuple(range(sample_dims, x.dim()))
-    m = output.double()
+    m = output
     factor = m.new_ones(())
     if unconditional is not None:
         scale = guidance_scale if guidance is None else _of_samples(guidance, shape, sample_dims)
-        m = unconditional.double() + scale * (m - unconditional.double())
+        m = unconditional + scale * (m - unconditional)
         if rescale:
-            factor = rescale * output.double().std(dims, keepdim=True) / m.std(dims, keepdim=True) + (1 - rescale)
+            factor = rescale * output.std(dims, keepdim=True) / m.std(dims, keepdim=True) + (1 - rescale)
     bound = m.new_full((), math.inf)
-    if quantile:
+    if quantile and x.numel():
         c = _coefficients(table, step, row, shape, sample_dims)
-        d = (c["p"] * x.double() + c["q"] * m * factor).abs().flatten(sample_dims)
+        d = (c["p"] * x + c["q"] * m * factor).abs().flatten(sample_dims)
         bound = _quantile(d, quantile).clamp(1.0, largest).reshape(*shape[:sample_dims], *[1] * len(dims))
     lead = (*shape[:sample_dims], *[1] * len(dims))
     return torch.stack([factor.expand(lead), bound.expand(lead)], -1).reshape(-1, 2)
