@@ -118,8 +118,14 @@ def _wanted(ctx):
     return sum(1 << k for k, (n, a) in enumerate(zip(needed, able, strict=True)) if n and a)
 
 
+def _refuse_adjust(n):
+    if n.adjust is not None:
+        raise RuntimeError("sampler_step: no derivative is there with adjust, which depends on the tensors")
+
+
 def _gradients(ctx, *grads):
     n = _Numbers(*ctx.statics)
+    _refuse_adjust(n)
     given = dict(zip(_TENSORS, ctx.given, strict=True))
     wanted = _wanted(ctx)
     distributed = next((g for g in grads if not is_plain(g)), None)
@@ -136,6 +142,7 @@ def _gradients(ctx, *grads):
 def _pushed_step(ctx, *tangents):
     """The reference at the values that were saved, and at 0 for those that do not matter."""
     n = _Numbers(*ctx.statics)
+    _refuse_adjust(n)
     if not ctx.learned:
         n = n._replace(key=None, state=None)
     like = next(t for t in tangents if t is not None)
@@ -185,6 +192,17 @@ def _pushed_backward(ctx, *tangents):
 
 def _batched(*args):
     return (*args[:-1], args[-1] + 1)
+
+
+def _batched_step(copies):
+    """`copies`: its place, from the end."""
+
+    def batched(*args):
+        if args[-1] == 0 and args[copies]:
+            raise ValueError("sampler_step: vmap needs a dimension of samples, for inputs of the model are made")
+        return _batched(*args)
+
+    return batched
 
 
 def _shardable(step, guidance, *others):
@@ -238,6 +256,7 @@ noise = Operator(
     fake=_fake_noise,
     reference=linear.sampler_noise,
     launch=f"{_LAUNCH}:sampler_noise",
+    jvp=lambda ctx, *tangents: None,  # nothing depends on the values of `like`
     batch=_batched,
 )
 _backward = Operator(
@@ -250,7 +269,7 @@ _backward = Operator(
     save=lambda ctx, inputs, output: inputs[:_BACKWARD_TENSORS],
     backward=_pull_backward,
     jvp=_pushed_backward,
-    batch=_batched,
+    batch=_batched_step(-3),
     shard=_sharded_backward,
     flops=_operations,
 )
@@ -264,7 +283,7 @@ step = Operator(
     save=_save_step,
     backward=_gradients,
     jvp=_pushed_step,
-    batch=_batched,
+    batch=_batched_step(-2),
     shard=_sharded,
     flops=_operations,
 )

@@ -162,7 +162,7 @@ def sampler_step(
         sample = (mean + deviation * noise).to(x.dtype) if target is None else target
         probability = _log_prob(sample.detach(), mean, deviation)
         if copies:
-            inputs = (linear.input_scale(x, coefficients, rows, row) * sample).to(output.dtype)
+            inputs = (linear.input_scale(wide, coefficients, rows, row) * sample).to(output.dtype)
             model_input = inputs.expand(copies, *x.shape)
     newest = (d,) if plan.keeps_denoised else (combined,) if plan.combines else ()
     after = tuple(t.to(x.dtype) for t in (*newest, *kept)[: plan.depth])

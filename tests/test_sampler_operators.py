@@ -398,12 +398,39 @@ def test_nothing_is_saved_without_a_clip():
         assert len(saved) == kept
 
 
+def test_noise_has_a_tangent_of_zero():
+    like, key = torch.randn(2, 3), torch.tensor([3])
+    tangent = jvp(lambda x: operators.noise(x, key, None, 0, 0, 1) + 2 * x, (like,), (torch.ones(2, 3),))[1]
+    assert torch.equal(tangent, torch.full((2, 3), 2.0))
+
+
+def test_derivatives_with_adjust_are_refused():
+    args = arguments(adjust=True)
+    x = args[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no derivative is there with adjust"):
+        operators.step(x, *args[1:])[0].sum().backward()
+    with pytest.raises(RuntimeError, match="no derivative is there with adjust"):
+        jvp(lambda x: operators.step(x, *args[1:])[0], (args[0],), (args[0],))
+
+
 def test_vmap_over_numbers_is_refused():
     args = arguments(per_sample=False)
     with pytest.raises(ValueError, match="only over samples"):
         vmap(lambda table: operators.step(*args[:TENSORS], table, *args[TENSORS + 1 :])[0])(
             torch.randn(2, 5, 19).double()
         )
+
+
+def test_vmap_without_samples_is_refused_where_inputs_are_made():
+    args = arguments((2, 5), per_sample=False)
+    for copies in (0, 2):
+        statics = (*args[TENSORS:-2], copies, 0)
+        call = vmap(lambda x, statics=statics: operators.step(x, x, *[None] * 7, *statics)[0])
+        if copies:
+            with pytest.raises(ValueError, match="vmap needs a dimension of samples"):
+                call(args[0])
+        else:
+            assert torch.equal(call(args[0]), operators.step(args[0], args[0], *[None] * 7, *args[TENSORS:])[0])
 
 
 # ---- registrations ----

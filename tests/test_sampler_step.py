@@ -324,6 +324,22 @@ def test_log_prob(name, dtype):
     torch.testing.assert_close(again.log_prob, step.log_prob, rtol=1e-6, atol=1e-4)
 
 
+def test_log_prob_makes_the_model_input_of_the_sample():
+    table = StepTable.euler_ancestral(SIGMA)
+    x, output, noise = (normal(k, dtype=torch.bfloat16) for k in range(3))
+    step = sampler_step(x, output, table, 4, noise=noise, log_prob=True, model_inputs=2)
+    want = (step.sample.double() * table.coefficients[4, -1]).bfloat16()
+    assert torch.equal(step.model_input, want.repeat(2, 1, 1, 1))
+
+
+def test_log_prob_with_noise_of_keys_in_forward_mode():
+    table = TABLES["ddpm"]
+    x, output, tangent = (normal(k, dtype=torch.float64) for k in range(3))
+    got = torch.func.jvp(lambda x: sampler_step(x, output, table, 4, key=3, log_prob=True).sample, (x,), (tangent,))[1]
+    p, _, of_x, _, of_d = table.coefficients[4, :5]
+    torch.testing.assert_close(got, (of_x + of_d * p) * tangent)
+
+
 def test_log_prob_of_a_target_has_gradients():
     table = TABLES["ddpm"]
     x, output, target = (normal(k, dtype=torch.float64).requires_grad_(k < 2) for k in range(3))
