@@ -40,6 +40,8 @@ class BrownianNoise:
     def __init__(self, like: torch.Tensor, key: int | torch.Tensor, low: float, high: float) -> None:
         op = "BrownianNoise"
         _checks.strided_tensor(op, "like", like, DTYPES)
+        if like.dim() == 0:
+            raise ValueError(f"{op}: like must have a batch dimension, got a tensor without dimensions")
         self._low, self._high = (_checks.number(op, n, v, finite=True) for n, v in (("low", low), ("high", high)))
         if not self._low < self._high:
             raise ValueError(f"{op}: low must be below high, got {low} and {high}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _backend, _checks
 from . import _sampler_operators as operators
@@ -194,7 +195,7 @@ def per_sample_noise(
     Args:
         shape: ``[B, ...]``.
         key: an int, or an int64 tensor with one or B of them. Different keys give independent noise.
-        draw: any int.
+        draw: an int of 64 bits, with a sign.
         dtype, device: of the result; float32 numbers are rounded to 16 bits, and not more exact in float64.
 
     Returns:
@@ -214,7 +215,10 @@ def per_sample_noise(
     like = torch.empty(tuple(shape), dtype=dtype, device=where)
     if like.dim() == 0:
         raise ValueError(f"{op}: shape must have a batch dimension, got {list(shape)}")
-    return noise_of_key(like, checked_key(op, key, like), _checks.integer(op, "draw", draw))
+    draw = _checks.integer(op, "draw", draw)
+    if not -(2**63) <= draw < 2**63:
+        raise ValueError(f"{op}: draw must have 64 bits, got {draw}")
+    return noise_of_key(like, checked_key(op, key, like), draw)
 
 
 def noise_of_key(like: torch.Tensor, key: torch.Tensor, draw: int) -> torch.Tensor:
@@ -239,7 +243,7 @@ def _checked_step(op: str, step: Any, table: Any, x: torch.Tensor) -> tuple[int,
     if not isinstance(table, StepTable):
         raise TypeError(f"{op}: table must be a StepTable, got {type(table).__name__}")
     if isinstance(step, torch.Tensor) and step.is_cpu and step.numel() == 1 and not x.is_cpu:
-        step = int(step)
+        step = int(one_a_sample(op, "step", step, step, torch.int64))
     if isinstance(step, torch.Tensor):
         return 0, one_a_sample(op, "step", step, x, torch.int64)
     row = _checks.integer(op, "step", step)
@@ -400,7 +404,7 @@ def _checked_target(op: str, target: Any, log_prob: bool, x: torch.Tensor) -> No
 
 def _are_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Or batched."""
-    if _are_functorch_transforms_active():
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:  # the latter whatever no_grad says
         return True
     return torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in tensors)
 

@@ -213,6 +213,19 @@ def test_rescaled_guidance_and_dynamic_threshold(rescale, threshold):
     torch.testing.assert_close(*gradients)
 
 
+def test_dynamic_threshold_has_a_tangent_without_gradients():
+    table = StepTable.ddim(VP)
+    x, output, tangent = (normal(k, dtype=torch.float64) for k in range(3))
+
+    def step(x):
+        return sampler_step(x, output, table, 4, dynamic_threshold=(0.9, 1.5)).sample
+
+    want = torch.func.jvp(step, (x,), (tangent,))[1]
+    with torch.no_grad(), forward_ad.dual_level():
+        got = forward_ad.unpack_dual(step(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(got, want)
+
+
 # ---- noise ----
 
 
@@ -291,6 +304,8 @@ def test_brownian_noise_follows_one_path():
     torch.testing.assert_close(noise(3.0, 1.0), -noise(1.0, 3.0))
     tiny = noise(1.0, 1.0001)
     assert abs(tiny.var() - 1) < 0.05
+    with pytest.raises(ValueError, match="batch dimension"):
+        BrownianNoise(torch.empty(()), 1, 0.0, 1.0)
     for wrong in [(1.0, 1.0), (0.0, 1.0), (1.0, 20.0)]:
         with pytest.raises(ValueError, match="BrownianNoise"):
             noise(*wrong)
@@ -632,6 +647,13 @@ def test_wrong_arguments_raise(name):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_step_on_the_cpu_beside_another_device_is_an_int():
+    x = FLOAT.to("meta")
+    assert sampler_step(x, x, TABLES["ddim"], torch.tensor([4])).sample.device.type == "meta"
+    with pytest.raises(TypeError, match=r"step must be torch\.int64"):
+        sampler_step(x, x, TABLES["ddim"], torch.tensor(1.5))
+
+
 def test_a_generator_is_as_before_when_a_step_is_refused():
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
@@ -666,6 +688,7 @@ def test_wrong_calls_of_per_sample_noise_raise():
         ({"key": torch.tensor([1, 2, 3])}, ValueError, "key must have one number"),
         ({"key": 1, "dtype": torch.int32}, TypeError, "dtype must be one of"),
         ({"key": 1, "draw": 0.5}, TypeError, "draw must be an int"),
+        ({"key": 1, "draw": 2**63}, ValueError, "draw must have 64 bits"),
         ({"key": 1, "shape": ()}, ValueError, "batch dimension"),
     ):
         with pytest.raises(error, match=f"per_sample_noise: .*{text}"):
