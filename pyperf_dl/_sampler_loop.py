@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from . import _checks
-from ._sampler_noise import GeneratorState
-from ._sampler_step import SamplerStep, first_noise, sampler_step
+from ._sampler_noise import GeneratorState, checked_generators, one_a_sample
+from ._sampler_step import DTYPES, SamplerStep, checked_key, first_noise, sampler_step
 from ._sampler_step_table import StepTable
 
 Model = Callable[..., torch.Tensor]
@@ -80,10 +80,11 @@ class Sampler:
             begin: the first row, if x is a sample of a later level.
             progress: shows a bar (needs rich).
             callback: ``callback(row, step)`` after each step, with denoised; its return value is not used.
-            return_trajectory: also returns ``[rows + 1, B, ...]``, x and the sample after each step.
+            return_trajectory: also returns ``[rows - begin + 1, B, ...]``, x and the sample after each step.
             capture: records model and steps in one CUDA graph when called first, and replays it. x, guidance, key, the
                 generator's seed and the table's coefficients may differ from call to call; another shape, model or kind
-                of call makes another recording. The model must not sync; no callback, progress or `noise`.
+                of call makes another recording, and so does a table that multiplies the first input by another number,
+                or gives x other noise. The model must not sync; no callback, progress or `noise`.
 
         Returns:
             Tensor: the last sample; with return_trajectory (sample, trajectory).
@@ -92,8 +93,9 @@ class Sampler:
             TypeError, ValueError: as `sampler_step`; capture without CUDA, or with what it can't do.
         """
         op = "Sampler.sample"
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{op}: x must be a torch.Tensor, got {type(x).__name__}")
+        _checks.strided_tensor(op, "x", x, DTYPES)
+        if x.dim() == 0:
+            raise ValueError(f"{op}: x must have a batch dimension, got a tensor without dimensions")
         begin = _checks.integer(op, "begin", begin, 0)
         if begin >= len(self.table):
             raise ValueError(f"{op}: begin must be in [0, {len(self.table) - 1}], got {begin}")
@@ -101,6 +103,16 @@ class Sampler:
             raise ValueError(f"{op}: noise excludes generator and key, got both")
         if noise is not None and not callable(noise):
             raise TypeError(f"{op}: noise must be a function of the row, got {_checks.described(noise)}")
+        if generator is not None and key is not None:
+            raise ValueError(f"{op}: generator and key exclude each other, got both")
+        generator = checked_generators(op, generator, x)
+        key = None if key is None else checked_key(op, key, x)
+        if isinstance(guidance, torch.Tensor):
+            guidance = one_a_sample(op, "guidance", guidance, x, torch.float64)
+        elif guidance is not None:
+            guidance = _checks.number(op, "guidance", guidance, finite=True)
+        if model_dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and model_dtype in DTYPES[:2]):
+            raise ValueError(f"{op}: model_dtype must be x's, or 16 bits beside a float32 x, got {model_dtype}")
         for name, flag in (("progress", progress), ("return_trajectory", return_trajectory), ("capture", capture)):
             _checks.flag(op, name, flag)
         if capture:
@@ -137,12 +149,19 @@ class Sampler:
         return_trajectory: bool,
     ) -> Any:
         kept = (self.table, model, x.shape, x.stride(), x.dtype, x.device, guidance is not None, key is not None)
-        kept = (*kept, model_dtype, begin, return_trajectory)
+        # Numbers that a recording holds, and update_ may change.
+        held = (_first_scale(self.table, begin), self.table.first_noise if begin == 0 else 0.0)
+        kept = (*kept, model_dtype, begin, return_trajectory, held)
         if self._captured is None or self._captured.kept != kept:
             self._captured = _Captured(
                 kept, self.table, model, x, guidance, key, model_dtype, begin, self._options, return_trajectory
             )
         return self._captured.replayed(x, guidance, generator, key)
+
+
+def _first_scale(table: StepTable, begin: int) -> float:
+    """What the input of the first call is multiplied by."""
+    return table.first_input_scale if begin == 0 else float(table.to("cpu").coefficients[begin - 1, -1])
 
 
 class _Loop:
@@ -168,7 +187,7 @@ class _Loop:
         self.history: tuple[torch.Tensor, ...] = ()
         times = table.to(x.device).timesteps
         self.timesteps = times.float() if times.is_floating_point() and x.dtype != torch.float64 else times
-        scale = table.first_input_scale if begin == 0 else float(table.to("cpu").coefficients[begin - 1, -1])
+        scale = _first_scale(table, begin)
         inputs = x if scale == 1 else x * scale
         self.inputs = inputs.to(self.dtype).repeat(self.copies, *[1] * (x.dim() - 1))
 
@@ -189,7 +208,8 @@ class _Loop:
             self.x, output, self.table, row, uncond=unconditional, guidance=self.guidance, history=self.history,
             model_inputs=0 if last else self.copies, **self.options, **self.source(row), **how,
         )  # fmt: skip
-        self.x, self.history, self.inputs = step.sample, step.history, step.model_input
+        self.x, self.history = step.sample, step.history
+        self.inputs = None if last else step.model_input.to(self.dtype)
         return step
 
 
@@ -233,7 +253,7 @@ class _Captured:
             run()
         torch.cuda.current_stream(x.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
+        with torch.no_grad(), torch.cuda.graph(self.graph, stream=side):
             self.sample, self.trajectory = run()
 
     def _set(self, x: torch.Tensor, guidance: Any, key: Any) -> None:

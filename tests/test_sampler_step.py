@@ -443,6 +443,18 @@ def test_sampler_may_begin_later():
     torch.testing.assert_close(seen[0], samples[3] * SIGMA.input_scales[4])
 
 
+def test_the_model_always_gets_its_dtype():
+    seen = []
+
+    def model(inputs, t):
+        seen.append(inputs.dtype)
+        return flow_model(inputs.float(), t)
+
+    sample = Sampler(TABLES["flow"]).sample(model, normal(), model_dtype=torch.bfloat16)
+    assert sample.dtype == torch.float32
+    assert seen == [torch.bfloat16] * 10
+
+
 def test_sampler_takes_noise_of_the_caller():
     table = TABLES["2M SDE"]
     made = {row: normal(row) for row in range(len(table)) if table.noisy[row]}
@@ -672,6 +684,10 @@ def test_wrong_calls_of_the_sampler_raise():
         ({"capture": True}, "capture needs CUDA"),
         ({"begin": 10}, r"begin must be in \[0, 9\]"),
         ({"noise": lambda row: FLOAT, "key": 1}, "noise excludes"),
+        ({"generator": torch.Generator(), "key": 1}, "generator and key exclude"),
+        ({"key": 2**64}, "key must have 64 bits"),
+        ({"guidance": math.nan}, "guidance must be finite"),
+        ({"model_dtype": torch.float64}, "model_dtype must be x's"),
     ):
         with pytest.raises(ValueError, match=text):
             sampler.sample(flow_model, FLOAT, **how)
@@ -681,6 +697,8 @@ def test_wrong_calls_of_the_sampler_raise():
         sampler.sample(flow_model, [1.0])
     with pytest.raises(TypeError, match="noise must be a function of the row"):
         sampler.sample(flow_model, FLOAT, noise=FLOAT)
+    with pytest.raises(ValueError, match="x must have a batch dimension"):
+        sampler.sample(flow_model, torch.zeros(()))
 
 
 def test_wrong_calls_of_per_sample_noise_raise():
