@@ -77,7 +77,7 @@ class Sampler:
             noise: or a function of the row that returns it; row -1 is before the first, where the table asks for it
                 (`StepTable.edm_churn`).
             model_dtype: of what the model gets; x's by default. float16 or bfloat16 beside a float32 x.
-            begin: the first row, if x is a sample of a later level.
+            begin: the first row, if x is a sample of a later level; one that reads no history.
             progress: shows a bar (needs rich).
             callback: ``callback(row, step)`` after each step, with denoised; its return value is not used.
             return_trajectory: also returns ``[rows - begin + 1, B, ...]``, x and the sample after each step.

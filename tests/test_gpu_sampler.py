@@ -374,6 +374,19 @@ def test_captured_loop_is_the_loop_and_follows_changes(name, noise):
         recorded = sampler._captured
 
 
+def test_captured_loop_follows_another_scale_of_its_first_input():
+    def table(largest, churn):
+        schedule = pyperf_dl.NoiseSchedule.from_sigma_range(6, sigma_max=largest)
+        return pyperf_dl.StepTable.edm_churn(schedule, "edm", s_churn=churn)
+
+    changing = table(10.0, 2.0)
+    sampler, x = pyperf_dl.Sampler(changing), drawn(3, 4, 8, 8, seed=1)
+    for other in (table(10.0, 2.0), table(40.0, 2.0), table(40.0, 1.0)):
+        changing.update_(other)
+        eager, replayed = (sampler.sample(pull, x, key=5, capture=capture) for capture in (False, True))
+        assert torch.equal(eager, replayed)
+
+
 def test_a_captured_loop_is_one_graph_launch_without_syncs():
     sampler = pyperf_dl.Sampler(loops()["DDIM"](0.5))
     x, key = drawn(2, 4, 16, 16), torch.tensor([1, 2], device="cuda")
