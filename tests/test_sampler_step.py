@@ -150,6 +150,23 @@ def test_a_table_of_rows_of_several_samplers():
         assert torch.equal(made[s], sampler_step(x, output, TABLES["ddpm"], 2 + s, noise=noise).sample[s])
 
 
+def test_loops_of_several_samplers_in_one_batch():
+    """Each sample gets what it gets alone, from histories of zeros on."""
+    tables = [StepTable.ddim(VP), TABLES["unipc"], StepTable.dpm_solver_pp(VP)]
+    both, shape = StepTable.joined(*tables), (1, *SHAPE[1:])
+    x = normal(dtype=torch.float64)
+    history = (torch.zeros_like(x),) * (both.plan_of_any.depth + 1)
+    outputs = [normal(100 + row, dtype=torch.float64) for row in range(10)]
+    for row, output in enumerate(outputs):
+        step = sampler_step(x, output, both, torch.tensor([row, 10 + row, 20 + row]), history=history, clip=2.0)
+        x, history = step.sample, step.history
+    for s, table in enumerate(tables):
+        alone = walked(
+            table, normal(dtype=torch.float64)[s].reshape(shape), [o[s].reshape(shape) for o in outputs], clip=2.0
+        )
+        torch.testing.assert_close(x[s], alone[0][-1][0])
+
+
 def test_joined_tables_keep_their_numbers():
     tables = [StepTable.euler(SIGMA), TABLES["2M SDE"], TABLES["unipc"]]
     both = StepTable.joined(*tables)
