@@ -313,7 +313,7 @@ Tensor adjustments(const Tensor& x, const Tensor& output, const MaybeTensor& unc
   check_dtypes(x, output);
   require(quantile >= 0 && quantile <= 1, "sampler_adjustments: quantile must be in [0, 1], got ", quantile);
   const SampleShape shape(x, sample_dims, false);
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
   AdjustmentCall call{};
   call.step = call_of(x, output.scalar_type(), shape, {table, steps, guidance, {}, {}, {}},
                       {row, guidance_scale, -kInfinity, kInfinity, 0, 0});
@@ -326,7 +326,7 @@ Tensor adjustments(const Tensor& x, const Tensor& output, const MaybeTensor& unc
       contiguous_empty(x, {quantile != 0 ? x.numel() : 0}, is_half(x) ? ScalarType::Float : ScalarType::Double);
   const Tensor out = contiguous_empty(x, {shape.samples, 2}, ScalarType::Double);
   call.memory = memory.data_ptr(), call.out = static_cast<double*>(out.data_ptr());
-  if (x.numel()) Backend::adjustments(call, x);
+  x.numel() ? Backend::adjustments(call, x) : void(fill_(out, kNaN));
   return out;
 }
 

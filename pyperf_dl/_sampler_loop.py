@@ -153,6 +153,7 @@ class Sampler:
         held = (_first_scale(self.table, begin), self.table.first_noise if begin == 0 else 0.0)
         kept = (*kept, model_dtype, begin, return_trajectory, held)
         if self._captured is None or self._captured.kept != kept:
+            self._captured = None  # lets go of its memory first
             self._captured = _Captured(
                 kept, self.table, model, x, guidance, key, model_dtype, begin, self._options, return_trajectory
             )

@@ -73,7 +73,10 @@ def checked_generators(
 
 
 def _check_device(op: str, generator: torch.Generator | None, x: torch.Tensor) -> None:
-    if generator is not None and generator.device.type != x.device.type:
+    if generator is None or isinstance(generator, GeneratorState):
+        return
+    own, wanted = generator.device, x.device
+    if own.type != wanted.type or (own.index is not None and own.index != (wanted.index or 0)):
         raise ValueError(f"{op}: generator must be on x's device {x.device}, got one on {generator.device}")
 
 

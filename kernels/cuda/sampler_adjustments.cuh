@@ -15,9 +15,9 @@ template <class R>
 struct AdjustShared {
   StepWeights<R> weights;
   double sums[4][kAdjustThreads];
-  int counts[kDigits];
+  unsigned long long counts[kDigits];
   BitsOf<R> found;
-  long long rank;
+  unsigned long long rank;
   double least[kAdjustThreads];
 };
 
@@ -46,7 +46,7 @@ PYPERF_DEVICE void each_element(int64_t n, const Visit& visit) {
 template <class R>
 PYPERF_DEVICE BitsOf<R> bits_of_rank(const R* values, int64_t n, int64_t rank, AdjustShared<R>& shared) {
   using Bits = BitsOf<R>;
-  if (threadIdx.x == 0) shared.found = 0, shared.rank = rank;
+  if (threadIdx.x == 0) shared.found = 0, shared.rank = uint64_t(rank);
   for (int shift = int(sizeof(R)) * 8 - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for (int i = threadIdx.x; i < kDigits; i += kAdjustThreads) shared.counts[i] = 0;
     __syncthreads();
@@ -55,12 +55,12 @@ PYPERF_DEVICE BitsOf<R> bits_of_rank(const R* values, int64_t n, int64_t rank, A
       Bits bits;
       memcpy(&bits, &values[i], sizeof bits);
       const bool agrees = shift + kDigitBits >= int(sizeof(R)) * 8 || (bits ^ found) >> (shift + kDigitBits) == 0;
-      if (agrees) atomicAdd(&shared.counts[int(bits >> shift) & (kDigits - 1)], 1);
+      if (agrees) atomicAdd(&shared.counts[int(bits >> shift) & (kDigits - 1)], 1ull);
     });
     __syncthreads();
     if (threadIdx.x == 0) {
       int digit = 0;
-      long long left = shared.rank;
+      unsigned long long left = shared.rank;
       while (left >= shared.counts[digit]) left -= shared.counts[digit++];
       shared.rank = left, shared.found |= Bits(digit) << shift;
     }

@@ -43,8 +43,8 @@ struct alignas(16) uint4 {
 };
 
 // Threads run one at a time.
-inline int atomicAdd(int* place, int v) {
-  const int before = *place;
+inline unsigned long long atomicAdd(unsigned long long* place, unsigned long long v) {
+  const unsigned long long before = *place;
   *place += v;
   return before;
 }
