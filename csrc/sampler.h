@@ -270,6 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           "sampler_step_backward: a clip needs x, output and unconditional");
   const auto wants = [&](int k) { return (wanted >> k & 1) != 0; };
   const bool learned = wants(kVariance) || (variance && wants(kNoise));
+  require(!wants(kLast) || corrects, "sampler_step_backward: last has a gradient where there was a correction");
   require(!learned || (variance && (noise || key || state)),
           "sampler_step_backward: a learned variance needs variance and noise");
   Operands of(grad_next, shape);

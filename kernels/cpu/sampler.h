@@ -166,7 +166,7 @@ __attribute__((noinline)) void step_gradients(const StepWeights<R>& w, bool guid
     if (o.grad_h1) store_lanes<L, R>(M::fma(M::of(w.h1), next, of_last * w.last_h1), o.grad_h1 + i);
     if (o.grad_h2) store_lanes<L, R>(M::fma(M::of(w.h2), next, of_last * w.last_h2), o.grad_h2 + i);
     if (o.grad_h3) store_lanes<L, R>(next * w.h3, o.grad_h3 + i);
-    if (o.grad_last) store_lanes<L, R>(of_last * w.last_x, o.grad_last + i);
+    if (o.grad_last) store_lanes<L, R>(x * w.last_x, o.grad_last + i);
     if (!o.grad_noise && !o.grad_variance) continue;
     const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
     if (o.grad_noise) store_lanes<L, R>(next * deviation, o.grad_noise + i);

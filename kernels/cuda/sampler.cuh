@@ -515,9 +515,7 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
     each<W>([&](int i) { result[i] = v[i] * weight; });
     store_operand<T>(grads.of_input[k], at, result);
   };
-  of_product(kHistory3, next, w.h3);
-  if (!call.corrects) each<W>([&](int i) { x[i] = R(0); });
-  of_product(kLast, x, w.last_x);
+  of_product(kHistory3, next, w.h3), of_product(kLast, x, w.last_x);
   if (!grads.of_input[kNoise].data && !grads.of_input[kVariance].data) return;
   load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
   R deviation[W];

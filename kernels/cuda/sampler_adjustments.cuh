@@ -93,7 +93,7 @@ PYPERF_DEVICE double quantile_of(const R* values, int64_t n, double quantile, Ad
 }
 
 template <class T, class O>
-__global__ void __launch_bounds__(kAdjustThreads) adjustments_kernel(AdjustmentCall call) {
+__global__ void __launch_bounds__(kAdjustThreads, 1) adjustments_kernel(AdjustmentCall call) {
   using R = Arithmetic<T>;
   using M = ScalarMachine<R>;
   __shared__ AdjustShared<R> shared;
