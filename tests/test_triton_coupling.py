@@ -640,7 +640,7 @@ def test_what_native_operators_refuse_is_refused(launcher, name):
         arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         with pytest.raises(RuntimeError, match=f"^coupling: {message}"):
             getattr(launcher, operator)(**arguments)
-        with pytest.raises(RuntimeError, match="(coupling|pyperf_dl): "):
+        with pytest.raises(RuntimeError, match=r"(coupling|pyperf_dl): "):
             getattr(torch.ops.pyperf_dl, operator)(**arguments)
 
     for message, change in BAD[name]:
