@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def described(value: Any) -> str:
     """How a message shows what it got: a tensor by dtype, shape and device, anything else by its repr."""

@@ -10,7 +10,7 @@ import torch
 from . import _checks
 from .reference import coupling as reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = _checks.FLOATS
 
 # ---- checks ----
 

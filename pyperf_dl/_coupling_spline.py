@@ -14,8 +14,7 @@ from . import _checks
 from ._autograd import Operator, is_differentiated, is_plain, pushed_forward
 from .reference import coupling as reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES, HALF_DTYPES = _checks.FLOATS, _checks.HALVES
 MOST_BINS = 256
 
 # ---- operators: shapes, derivatives, batching, sharding ----

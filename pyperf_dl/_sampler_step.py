@@ -17,8 +17,7 @@ from ._sampler_step_table import RowPlan, StepTable
 from .reference import _sampler_linear as linear
 from .reference._sampler_linear import COLUMNS
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALVES = (torch.float16, torch.bfloat16)
+DTYPES, _HALVES = _checks.FLOATS, _checks.HALVES
 
 
 class SamplerStep(NamedTuple):

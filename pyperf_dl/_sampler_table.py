@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from .reference.sampler import PREDICTIONS, Level, ancestral_levels, ddim_deviation, ddpm_variances
 
@@ -119,7 +119,7 @@ def ddpm(levels: Sequence[Level], prediction: str = "epsilon", variance: str = "
 
 
 def euler(levels: Sequence[Level], prediction: Prediction = "epsilon") -> list[Row]:
-    return [_row(now, prediction, **_towards(now.sigma, after.sigma)) for now, after in _steps(levels)]
+    return [_row(now, prediction, **towards(now.sigma, after.sigma)) for now, after in _steps(levels)]
 
 
 def raised_levels(levels: Sequence[Level], s_churn: float, s_tmin: float, s_tmax: float) -> list[Level]:
@@ -143,7 +143,7 @@ def churn(
     """Each row goes from a raised level to the next level, and adds the noise that raises it for the next step. x of
     the first one has churn_deviation(levels[0], raised[0]) of noise already."""
     return [
-        _row(now, prediction, **_towards(now.sigma, after.sigma), z=churn_deviation(after, after_raised, s_noise))
+        _row(now, prediction, **towards(now.sigma, after.sigma), z=churn_deviation(after, after_raised, s_noise))
         for (now, after_raised), after in zip(_steps(raised), levels[1:], strict=True)
     ]
 
@@ -154,7 +154,7 @@ def euler_ancestral(
     rows = []
     for now, after in _steps(levels):
         down, up = ancestral_levels(now.sigma, after.sigma, eta)
-        rows.append(_row(now, prediction, **_towards(now.sigma, down), z=up * s_noise))
+        rows.append(_row(now, prediction, **towards(now.sigma, down), z=up * s_noise))
     return rows
 
 
@@ -175,7 +175,7 @@ def heun(levels: Sequence[Level], prediction: Prediction = "epsilon") -> list[Ro
     """Two rows a step, at its begin and at its end; one where it ends at 0. The first keeps x + (delta / 2) slope."""
     rows = []
     for now, after in _steps(levels):
-        rows.append(_row(now, prediction, **_towards(now.sigma, after.sigma)))
+        rows.append(_row(now, prediction, **towards(now.sigma, after.sigma)))
         if after.sigma == 0:
             continue
         half = (after.sigma - now.sigma) / 2
@@ -184,27 +184,30 @@ def heun(levels: Sequence[Level], prediction: Prediction = "epsilon") -> list[Ro
     return rows
 
 
+def integrals(nodes: Sequence[float], begin: float, end: float) -> list[float]:
+    """Of the polynomials that are 1 at one of four nodes at most and 0 at the others: by Gauss' two points, exactly."""
+    middle, half = (begin + end) / 2, (end - begin) / 2
+    points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
+    return [
+        half * sum(math.prod((at - other) / (own - other) for other in nodes if other != own) for at in points)
+        for own in nodes
+    ]
+
+
 def lms(levels: Sequence[Level], prediction: Prediction = "epsilon", order: int = 4) -> list[Row]:
     """Keeps slopes (x - D) / sigma."""
     rows = []
     sigmas = [level.sigma for level in levels]
     for i, (now, after) in enumerate(_steps(levels)):
         used = sigmas[: i + 1][::-1][:order]
-        # Gauss: exact for the polynomial through four slopes
-        middle, half = (after.sigma + now.sigma) / 2, (after.sigma - now.sigma) / 2
-        nodes = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
-        weights = [
-            half * sum(math.prod((at - other) / (own - other) for other in used if other != own) for at in nodes)
-            for own in used
-        ]
-        slope, *older = weights
+        slope, *older = integrals(used, now.sigma, after.sigma)
         rows.append(
             _row(
                 now,
                 prediction,
                 x=1 + slope / now.sigma,
                 d=-slope / now.sigma,
-                **_history(older),
+                **history(older),
                 keep_x=1 / now.sigma,
                 keep_d=-1 / now.sigma,
             )
@@ -221,7 +224,7 @@ def plms(levels: Sequence[Level], prediction: str = "epsilon") -> list[Row]:
         factor = -(a1**2 - a**2) / (a * (a * s1 + a1 * s))
         of_x, of_m = noise_weights(now, prediction)
         newest, *older = (factor * of_m * w for w in weights[min(i, 3)])
-        rows.append(_row(now, prediction, x=a1 / a + factor * of_x, m=newest, **_history(older), keep_m=1.0))
+        rows.append(_row(now, prediction, x=a1 / a + factor * of_x, m=newest, **history(older), keep_m=1.0))
     return rows
 
 
@@ -263,7 +266,7 @@ def dpm_solver_pp(
                 prediction,
                 x=after.sigma / now.sigma * (math.exp(-eta * h) if eta else 1.0),  # h may be infinite
                 d=after.alpha * d,
-                **_history([after.alpha * c for c in older]),
+                **history([after.alpha * c for c in older]),
                 z=s_noise * after.sigma * (math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0),
                 keep_d=1.0,
             )
@@ -376,10 +379,10 @@ def _known(levels: Sequence[Level], i: int) -> int:
     return max(i + (levels[0].alpha > 0), 1)
 
 
-def _towards(sigma: float, sigma_after: float) -> dict[str, float]:
-    """x + (sigma' - sigma) (x - D) / sigma."""
+def towards(sigma: Any, sigma_after: Any) -> dict[str, Any]:
+    """Of numbers or arrays: x + (sigma' - sigma) (x - D) / sigma."""
     return {"x": sigma_after / sigma, "d": 1 - sigma_after / sigma}
 
 
-def _history(older: Sequence[float]) -> dict[str, float]:
+def history(older: Iterable[Any]) -> dict[str, Any]:
     return {f"h{k}": c for k, c in enumerate(older, 1)}

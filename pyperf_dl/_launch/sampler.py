@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyperf_dl import _checks
 from pyperf_dl._triton import sampler as kernels
 from pyperf_dl.reference._sampler_linear import COLUMNS, clips
 
@@ -20,8 +21,7 @@ from . import common
 
 ELEMENTS = 1024  # of a program
 NOISE_GROUP = 128  # elements whose noise is made together
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES, HALF_DTYPES = _checks.FLOATS, _checks.HALVES
 OUTPUT, UNCONDITIONAL, VARIANCE, NOISE, INPUTS = 1, 2, 3, 8, 9  # places of a step's inputs, and their number
 
 Shape = Sequence[int]

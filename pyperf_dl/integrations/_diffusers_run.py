@@ -16,7 +16,7 @@ from .._sampler_step import checked_key
 from ..reference import _sampler_linear as linear
 from . import _diffusers_tables as tables
 from . import _swap
-from ._swap import DTYPES, HALVES, Declined
+from ._swap import HALVES, Declined
 
 # ---- what a scheduler remembers ----
 
@@ -224,24 +224,11 @@ class Made(NamedTuple):
 
 def unfit(sample: Any, output: Any) -> str:
     """Why the operator cannot take these; empty where it can."""
-    tensors = (sample, output)
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    if not all(_swap._plain(t) for t in tensors):
-        return "not a plain tensor"
-    if any(t.dtype not in DTYPES for t in tensors):
-        return "dtype"
-    if any(t.layout != torch.strided or t.is_nested for t in tensors):
-        return "layout"
-    if sample.device != output.device:
-        return "device"
+    if why := _swap.unfit_for_any(sample, output):
+        return why
     if sample.shape != output.shape:
         return "shape"
-    if sample.dim() == 0:
-        return "no dimensions"
-    if not _swap._kernels_for(sample.device.type):
-        return "no kernels for the device"
-    return ""
+    return "" if sample.dim() else "no dimensions"
 
 
 def common_dtype(sample: torch.Tensor, output: torch.Tensor, wide: bool) -> torch.dtype:
@@ -328,10 +315,11 @@ def drawn(
     key: Any,
     generator: Any,
     like: torch.Tensor,
-    dtype: torch.dtype,
     kept: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> Noise:
-    """What was given, or numbers as diffusers draws them: in `dtype`, for samples that are kept in another."""
+    """What was given, or numbers as diffusers draws them: in `dtype`, which is that of `like` where it is None, for
+    samples that are kept in another."""
     if not plan.draws(step):
         return _SILENCE
     if noise is not None:
@@ -344,6 +332,7 @@ def drawn(
         return Noise(noise.to(like.device))
     if key is not None:
         return Noise(key=checked_key("step", key.to(like.device) if isinstance(key, torch.Tensor) else key, like))
+    dtype = like.dtype if dtype is None else dtype
     if dtype == kept and like.is_cuda and getattr(generator, "device", like.device) == like.device:
         drawn = generator_state(like, generator)
         if drawn is not None:

@@ -56,7 +56,7 @@ def _in_sigmas(
     of_guided = of_model and scheduler._pyperf_dl.guided is not None
     wide = denoised and not of_model
     dtype = core.common_dtype(sample, model_output, wide)
-    drawn = core.drawn(plan, step, noise, key, generator, model_output, model_output.dtype, dtype)
+    drawn = core.drawn(plan, step, noise, key, generator, model_output, dtype)
     made = core.run(
         scheduler, plan, sample, model_output, step, noise=drawn, denoised=wide or (denoised and of_guided), wide=wide
     )  # fmt: skip
@@ -152,7 +152,7 @@ def _flow_match_euler(
         return plan
     step = core.index_of(scheduler, plan, timestep)
     dtype, wide = core.common_dtype(sample, sample, True), plan.draws(step) and key is None
-    drawn = core.drawn(plan, step, noise, key, generator, sample, dtype, core.common_dtype(sample, model_output, wide))
+    drawn = core.drawn(plan, step, noise, key, generator, sample, core.common_dtype(sample, model_output, wide), dtype)
     made = core.run(scheduler, plan, sample, model_output, step, noise=drawn, wide=wide)
     scheduler._step_index = step + 1
     return core.returned(output, return_dict, made.sample.to(model_output.dtype))
@@ -200,16 +200,8 @@ def _ddim(
     if step is None:
         return Declined("a timestep for each sample, or out of range")
     noise = variance_noise if noise is None else noise
-    drawn = core.drawn(
-        plan,
-        step,
-        noise,
-        key,
-        generator,
-        model_output,
-        model_output.dtype,
-        core.common_dtype(sample, model_output, False),
-    )
+    kept = core.common_dtype(sample, model_output, False)
+    drawn = core.drawn(plan, step, noise, key, generator, model_output, kept)
     wanted = scheduler._pyperf_dl.denoised
     made = core.run(scheduler, plan, sample, model_output, step, noise=drawn, denoised=wanted)
     return core.returned(output, return_dict, made.sample, made.denoised if wanted else None)
@@ -231,16 +223,8 @@ def _ddpm(
     step = core.train_step(scheduler, timestep, on_host=True)  # diffusers draws no noise at 0
     if step is None:
         return Declined("a timestep for each sample, or out of range")
-    drawn = core.drawn(
-        plan,
-        step,
-        noise,
-        key,
-        generator,
-        model_output,
-        model_output.dtype,
-        core.common_dtype(sample, model_output, False),
-    )
+    kept = core.common_dtype(sample, model_output, False)
+    drawn = core.drawn(plan, step, noise, key, generator, model_output, kept)
     wanted = scheduler._pyperf_dl.denoised
     made = core.run(scheduler, plan, sample, model_output, step, noise=drawn, variance=variance, denoised=wanted)
     return core.returned(output, return_dict, made.sample, made.denoised if wanted else None)
@@ -316,7 +300,7 @@ def _dpm_solver(
     noise = variance_noise if noise is None else noise
     wide = plan.draws(step) and key is None  # diffusers draws in float32
     drawn = core.drawn(
-        plan, step, noise, key, generator, model_output, torch.float32, core.common_dtype(sample, model_output, wide)
+        plan, step, noise, key, generator, model_output, core.common_dtype(sample, model_output, wide), torch.float32
     )
     made = core.run(
         scheduler, plan, sample, model_output, step, block=block, history=scheduler.model_outputs[::-1][:block],

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .._sampler_table import history, integrals, towards
 from ..reference._sampler_linear import COLUMNS
 
 Numbers = Any  # a float64, or an array of them, one a row
@@ -37,7 +38,7 @@ class UnsupportedError(Exception):
 
 def euler(scheduler: Any) -> Table:
     sigma, after = _steps(scheduler)
-    rows = _rows(**_denoised_in_sigmas(scheduler, sigma), **_towards(sigma, after), input=_input_scale(after))
+    rows = _rows(**_denoised_in_sigmas(scheduler, sigma), **towards(sigma, after), input=_input_scale(after))
     return _table(scheduler, [rows])
 
 
@@ -47,14 +48,14 @@ def euler_ancestral(scheduler: Any) -> Table:
     down = np.sqrt(after**2 - up**2)
     if scheduler.config.prediction_type == "sample":
         raise UnsupportedError("prediction type")
-    rows = _rows(**_denoised_in_sigmas(scheduler, sigma), **_towards(sigma, down), z=up, input=_input_scale(after))
+    rows = _rows(**_denoised_in_sigmas(scheduler, sigma), **towards(sigma, down), z=up, input=_input_scale(after))
     return _table(scheduler, [rows], noisy=True)
 
 
 def heun(scheduler: Any) -> Table:
     """Blocks: at the begin of a step, and at its end, with the sample at the begin and what was denoised there."""
     sigma, after = _steps(scheduler)
-    begin = _rows(**_denoised_in_sigmas(scheduler, sigma), **_towards(sigma, after), input=_input_scale(after))
+    begin = _rows(**_denoised_in_sigmas(scheduler, sigma), **towards(sigma, after), input=_input_scale(after))
     before = np.concatenate([[math.nan], sigma[:-1]])
     half = (sigma - before) / 2
     end = _rows(
@@ -79,7 +80,7 @@ def lms(scheduler: Any, order: int) -> Table:
     weights = np.zeros([steps, 4])
     for i in range(steps):
         used = sigmas[max(i + 1 - order, 0) : i + 1][::-1]
-        weights[i, : len(used)] = [_integral(used, j, sigma[i], after[i]) for j in range(len(used))]
+        weights[i, : len(used)] = integrals(used.tolist(), sigma[i], after[i])
     for there in range(1, order + 1):
         slope, *older = weights[:, :there].T
         blocks.append(
@@ -87,7 +88,7 @@ def lms(scheduler: Any, order: int) -> Table:
                 **_denoised_in_sigmas(scheduler, sigma),
                 x=1 + slope / sigma,
                 d=-slope / sigma,
-                **_history(older),
+                **history(older),
                 keep_x=1 / sigma,
                 keep_d=-1 / sigma,
                 input=_input_scale(after),
@@ -95,14 +96,6 @@ def lms(scheduler: Any, order: int) -> Table:
         )
     epsilon = scheduler.config.prediction_type == "epsilon"
     return _table(scheduler, blocks, keeps="output" if epsilon else "combination")
-
-
-def _integral(sigmas: np.ndarray, j: int, begin: float, end: float) -> float:
-    """Of the polynomial that is 1 at the j-th sigma and 0 at the others, of degree 3 at most: by Gauss' two points."""
-    middle, half = (begin + end) / 2, (end - begin) / 2
-    points = middle + half * np.array([-1, 1]) / math.sqrt(3)
-    others = np.delete(sigmas, j)
-    return float(half * np.prod((points[:, None] - others) / (sigmas[j] - others), axis=1).sum())
 
 
 # ---- flows ----
@@ -199,7 +192,7 @@ def pndm(scheduler: Any) -> Table:
         else:
             raise UnsupportedError("prediction type")
         newest, *older = (of_m * w for w in weights)
-        blocks.append(_rows(p=0.0, q=1.0, x=np.sqrt(after / a) + of_x, m=newest, **_history(older), keep_m=1.0))
+        blocks.append(_rows(p=0.0, q=1.0, x=np.sqrt(after / a) + of_x, m=newest, **history(older), keep_m=1.0))
     return _table(scheduler, blocks, keeps="output")
 
 
@@ -269,7 +262,7 @@ def dpm_solver(scheduler: Any) -> Table:
                 _rows(
                     x=base[i + 1] / base[i] * of_x,
                     d=towards[i + 1] * newest,
-                    **_history([towards[i + 1] * c for c in older]),
+                    **history([towards[i + 1] * c for c in older]),
                     **noise,
                 )
             )
@@ -390,10 +383,10 @@ def _unipc_step(
     newest = -towards[i + 1] * phi1 - sum(older)
     if corrects:
         end = scale * weights[-1]
-        return {"x": base[i + 1] / base[i], "d": end, **_history([newest - end, *older])}
+        return {"x": base[i + 1] / base[i], "d": end, **history([newest - end, *older])}
     if not ratios:
         newest = newest + 0.0 * scale  # slip: NaN for "bh1" in a step to sigma = 0, where b is infinite
-    return {"x": base[i + 1] / base[i], "d": newest, **_history(older)}
+    return {"x": base[i + 1] / base[i], "d": newest, **history(older)}
 
 
 def _unipc_weights(order: int, ratios: list[Numbers], hh: Numbers, phi1: Numbers, b: Numbers, corrects: bool) -> Any:
@@ -507,15 +500,6 @@ def _rows(**columns: Numbers) -> np.ndarray:
     for name, value in columns.items():
         rows[:, _AT[name]] = value
     return rows
-
-
-def _history(older: Iterable[Numbers]) -> dict[str, Numbers]:
-    return {f"h{k}": c for k, c in enumerate(older, 1)}
-
-
-def _towards(sigma: np.ndarray, after: np.ndarray) -> dict[str, Numbers]:
-    """x + (sigma' - sigma) (x - D) / sigma."""
-    return {"x": after / sigma, "d": 1 - after / sigma}
 
 
 def _input_scale(sigma: np.ndarray) -> np.ndarray:

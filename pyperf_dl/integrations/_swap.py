@@ -24,8 +24,7 @@ import torch
 
 from .. import _backend, _checks
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALVES = (torch.float16, torch.bfloat16)
+DTYPES, HALVES = _checks.FLOATS, _checks.HALVES
 
 
 class Report(NamedTuple):
@@ -264,22 +263,29 @@ def _kernels_for(device_type: str) -> bool:
     return _with_kernels[device_type]
 
 
-def unfit(x: Any, *params: Any) -> str:
-    """Why the coupling operators cannot take these tensors; empty where they can."""
+def unfit_for_any(*tensors: Any) -> str:
+    """Why no operator can take these tensors; empty where one may."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if not all(_plain(t) for t in (x, *params)):
+    if not all(_plain(t) for t in tensors):
         return "not a plain tensor"
-    dtypes = (x.dtype, *HALVES) if x.dtype == torch.float32 else (x.dtype,)  # f32 with 16-bit: autocast
-    if x.dtype not in DTYPES or any(p.dtype not in dtypes or p.dtype != params[0].dtype for p in params):
+    if any(t.dtype not in DTYPES for t in tensors):
         return "dtype"
-    if any(t.layout != torch.strided or t.is_nested for t in (x, *params)):
+    if any(t.layout != torch.strided or t.is_nested for t in tensors):
         return "layout"
-    if any(p.device != x.device for p in params):
+    if any(t.device != tensors[0].device for t in tensors):
         return "device"
-    if not _kernels_for(x.device.type):
+    if not _kernels_for(tensors[0].device.type):
         return "no kernels for the device"
     return ""
+
+
+def unfit(x: Any, *params: Any) -> str:
+    """Why the coupling operators cannot take these tensors; empty where they can."""
+    if why := unfit_for_any(x, *params):
+        return why
+    dtypes = (x.dtype, *HALVES) if x.dtype == torch.float32 else (x.dtype,)  # f32 with 16-bit: autocast
+    return "dtype" if any(p.dtype not in dtypes or p.dtype != params[0].dtype for p in params) else ""
 
 
 def number(value: Any, above: float = 0.0) -> bool:
