@@ -9,6 +9,26 @@ struct Lanes {
 template <class R, int kLanes>
 using LanesOf = typename Lanes<R, kLanes>::Vector;
 
+// Lanes twice as wide. GCC 12 takes __builtin_convertvector apart where the result is the widest vector there is.
+template <int n>
+PYPERF_HD LanesOf<uint32_t, n> widened(LanesOf<uint16_t, n> v) {
+#if PYPERF_VECTOR_BYTES == 64
+  if constexpr (n == 16) return (LanesOf<uint32_t, n>)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)v);
+#elif PYPERF_VECTOR_BYTES == 32
+  if constexpr (n == 8) return (LanesOf<uint32_t, n>)_mm256_cvtepu16_epi32((__m128i)v);
+#endif
+  return __builtin_convertvector(v, LanesOf<uint32_t, n>);
+}
+template <int n>
+PYPERF_HD LanesOf<double, n> widened(LanesOf<float, n> v) {
+#if PYPERF_VECTOR_BYTES == 64
+  if constexpr (n == 8) return (LanesOf<double, n>)_mm512_maskz_cvtps_pd(__mmask8(-1), (__m256)v);
+#elif PYPERF_VECTOR_BYTES == 32
+  if constexpr (n == 4) return (LanesOf<double, n>)_mm256_cvtps_pd((__m128)v);
+#endif
+  return __builtin_convertvector(v, LanesOf<double, n>);
+}
+
 // n consecutive elements as a vector.
 template <class R, int n, class S>
 PYPERF_HD LanesOf<R, n> load_lanes(const S* p) {
@@ -16,7 +36,11 @@ PYPERF_HD LanesOf<R, n> load_lanes(const S* p) {
   if constexpr (std::is_same_v<S, BFloat16> && sizeof(R) == 4) {
     LanesOf<uint16_t, n> bits;
     memcpy(&bits, p, sizeof bits);
-    return (LanesOf<R, n>)(__builtin_convertvector(bits, LanesOf<uint32_t, n>) << 16);
+    return (LanesOf<R, n>)(widened<n>(bits) << 16);
+  } else if constexpr (sizeof(S) == 4 && sizeof(R) == 8) {
+    LanesOf<float, n> s;
+    memcpy(&s, p, sizeof s);
+    return widened<n>(s);
 #if PYPERF_VECTOR_BYTES >= 32
   } else if constexpr (std::is_same_v<S, Float16> && sizeof(R) == 4 && n == 8) {
     __m128i bits;
@@ -44,7 +68,14 @@ template <int n>
 PYPERF_HD LanesOf<uint32_t, n> bfloat16_bits(LanesOf<float, n> v) {
   const auto bits = (LanesOf<uint32_t, n>)v;
   const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? LanesOf<uint32_t, n>{} + 0x7fc00000u : rounded;
+  return v == v ? rounded : LanesOf<uint32_t, n>{} + 0x7fc00000u;
+}
+
+// Every second word of a, then of b.
+template <int n, int... i>
+PYPERF_HD LanesOf<uint16_t, 2 * n> upper_words(LanesOf<uint16_t, 2 * n> a, LanesOf<uint16_t, 2 * n> b,
+                                               std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (2 * i + 1)...);
 }
 
 template <int n, class R, class S>
@@ -67,6 +98,19 @@ PYPERF_HD void store_lanes(LanesOf<R, n> v, S* p) {
   } else {
     const auto s = __builtin_convertvector(v, LanesOf<S, n>);
     memcpy(p, &s, sizeof s);
+  }
+}
+
+// a, then b.
+template <int n, class R, class S>
+PYPERF_HD void store_two(LanesOf<R, n> a, LanesOf<R, n> b, S* p) {
+  if constexpr (std::is_same_v<S, BFloat16> && sizeof(R) == 4) {
+    using Words = LanesOf<uint16_t, 2 * n>;
+    const auto words = upper_words<n>((Words)bfloat16_bits<n>(a), (Words)bfloat16_bits<n>(b),
+                                      std::make_integer_sequence<int, 2 * n>());
+    memcpy(p, &words, sizeof words);
+  } else {
+    store_lanes<n, R>(a, p), store_lanes<n, R>(b, p + n);
   }
 }
 

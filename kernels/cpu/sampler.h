@@ -51,7 +51,7 @@ struct StepBlock {
   }
   template <class S>
   __attribute__((always_inline)) void store(S* p) const {
-    for (int k = 0; k < kStepVectors; ++k) store_lanes<L, R>(v[k], p + k * L);
+    for (int k = 0; k < kStepVectors; k += 2) store_two<L, R>(v[k], v[k + 1], p + k * L);
   }
   __attribute__((always_inline)) StepBlock times(R w) const {
     return made([&](int k) __attribute__((always_inline)) { return v[k] * w; });
@@ -64,10 +64,11 @@ struct StepBlock {
 
 // Without history, noise, correction, or a second output.
 template <bool kGuided, bool kClipped, class R, class T, class O>
-__attribute__((noinline)) void plain_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
+__attribute__((noinline)) void plain_step(const StepWeights<R>& weights, const StepRun<T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
   using Block = StepBlock<R>;
-  const StepRun<T, O> o = run;
+  const StepRun<T, O> o = run;  // copies, which no store can change
+  const StepWeights<R> w = weights;
   for (int64_t i = 0; i < n; i += Block::kElements) {
     const Block x = Block::load(o.x + i);
     Block m = Block::load(o.output + i);
@@ -84,20 +85,23 @@ __attribute__((noinline)) void plain_step(const StepWeights<R>& w, const StepRun
   }
 }
 
-template <class R, class T, class O>
-__attribute__((noinline)) void full_step(const StepWeights<R>& w, const StepRun<T, O>& run, int64_t n) {
+template <bool kClipped, class R, class T, class O>
+__attribute__((noinline)) void full_step(const StepWeights<R>& weights, const StepRun<T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
   using Block = StepBlock<R>;
   const StepRun<T, O> o = run;
+  const StepWeights<R> w = weights;
   for (int64_t i = 0; i < n; i += Block::kElements) {
     Block x = Block::load(o.x + i), m = Block::load(o.output + i);
     if (o.unconditional) {
       const Block u = Block::load(o.unconditional + i);
       m = Block::made([&](int k) __attribute__((always_inline)) { return math::guided<M>(w, m.v[k], u.v[k]); });
     }
-    m = m.times(w.factor);
+    if constexpr (kClipped) m = m.times(w.factor);
     const Block d = Block::made([&](int k) __attribute__((always_inline)) {
-      return math::clipped<M>(w, math::unclipped<M>(w, x.v[k], m.v[k])) * w.shrink;
+      const auto d = math::unclipped<M>(w, x.v[k], m.v[k]);
+      if constexpr (kClipped) return math::clipped<M>(w, d) * w.shrink;
+      return d;
     });
     if (o.denoised) d.store(o.denoised + i);
     if (o.last) {
@@ -232,7 +236,7 @@ void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sa
   const bool plain = !o.h1 && !o.h2 && !o.h3 && !o.last && !o.noise && !o.normals && !o.denoised && !o.kept &&
                      !o.corrected && !o.model_input && !call.adjust;
   const auto pick = [&] {
-    if (!plain) return &full_step<R, T, O>;
+    if (!plain) return call.clips() ? &full_step<true, R, T, O> : &full_step<false, R, T, O>;
     const bool clipped = w.d != R(0);
     if (o.unconditional) return clipped ? &plain_step<true, true, R, T, O> : &plain_step<true, false, R, T, O>;
     return clipped ? &plain_step<false, true, R, T, O> : &plain_step<false, false, R, T, O>;
