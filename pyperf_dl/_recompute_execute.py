@@ -1,0 +1,270 @@
+"""Runs a model's blocks under a schedule: nested segments, each a `torch.utils.checkpoint` of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ._autograd import _are_functorch_transforms_active
+from ._recompute_calls import Call, State, buffers_named, flatten, intercept, parameters_of, plain_call
+from ._recompute_chain import Node, Schedule
+
+Options = Sequence[Sequence[Callable[[], contextlib.AbstractContextManager] | None]]
+
+
+class Kept(NamedTuple):
+    """A block that keeps what its option says."""
+
+    block: int
+    option: int
+
+
+class Segment(NamedTuple):
+    """Blocks first, ..., end - 1, which keep nothing until their backward, and then what `items` say."""
+
+    first: int
+    end: int
+    items: tuple[Any, ...]
+
+
+def items_of(nodes: Sequence[Node], at: int = 0) -> tuple[tuple[Kept | Segment, ...], int]:
+    """What a subtree of a schedule does in a row, and where the next subtree begins. Recurses by the depth of segments
+    in segments alone."""
+    items: list[Any] = []
+    segments = []
+    while True:
+        node = nodes[at]
+        at += 1
+        if node.split is None:
+            items.append(Kept(node.first, node.option))
+            if node.first == node.last:
+                break
+        else:
+            segments.append((len(items), node))
+            items.append(None)
+    for place, node in reversed(segments):
+        inner, at = items_of(nodes, at)
+        items[place] = Segment(node.first, node.split, inner)
+    return tuple(items), at
+
+
+def items_of_model(schedule: Schedule) -> tuple[Kept | Segment, ...]:
+    """Without what lies before and behind the blocks, whose entries are the first and the last."""
+    return _moved(items_of(schedule.nodes)[0][1:-1])
+
+
+def _moved(items: Sequence[Kept | Segment]) -> tuple[Kept | Segment, ...]:
+    return tuple(
+        Kept(i.block - 1, i.option) if isinstance(i, Kept) else Segment(i.first - 1, i.end - 1, _moved(i.items))
+        for i in items
+    )
+
+
+class Executor:
+    """Takes the place of the blocks' calls.
+
+    The first call of a block that begins a segment runs the whole segment; the calls of the blocks behind it hand on
+    what is there already.
+
+    Args:
+        modules: the blocks, in the order of the forward; one module may come several times.
+        names: of them.
+        calls: how the model calls them.
+        items: what they do in a row.
+        buffers: names of those that each block changes.
+        generators: beside the default ones.
+        options: for each block and option a context in which it runs, or None.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        names: Sequence[str],
+        calls: Sequence[Call],
+        items: Sequence[Kept | Segment],
+        buffers: Sequence[Sequence[str]],
+        generators: Sequence[torch.Generator] = (),
+        options: Options | None = None,
+    ) -> None:
+        self.modules, self.names, self.calls = tuple(modules), tuple(names), tuple(calls)
+        self.buffers = [buffers_named(module, names) for module, names in zip(modules, buffers, strict=True)]
+        self.generators, self.options = tuple(generators), options
+        self._plain = {module: plain_call(module) for module in self.modules}
+        self._before = {module: module._compiled_call_impl for module in self.modules}
+        self._places: dict[nn.Module, list[int]] = {}
+        for k, module in enumerate(self.modules):
+            self._places.setdefault(module, []).append(k)
+        # What later blocks read of the first one's arguments.
+        self._shared = {leaf.what for call in self.calls[1:] for leaf in call.leaves if leaf.source == "outer"}
+        self._outer: dict[int, Any] = {}
+        self._items = {item.block if isinstance(item, Kept) else item.first: item for item in items}
+        self.restart()
+
+    def attach(self) -> None:
+        for module in self._places:
+            intercept(module, self._call)
+
+    def detach(self) -> None:
+        for module, before in self._before.items():
+            module._compiled_call_impl = before
+
+    def restart(self) -> None:
+        """Before a forward: the first block is next."""
+        self._next = 0
+        self._through = 0  # blocks below it have run
+        self._output: Any = None
+
+    # ---- calls of the model ----
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled() or _are_functorch_transforms_active():
+            return self._plain[module](*args, **kwargs)
+        k = self._place(module)
+        try:
+            output = self._run(k, args, kwargs)
+        except BaseException:
+            self.restart()
+            raise
+        self._next = k + 1
+        if self._next == len(self.modules):
+            self._output, self._outer = None, {}
+        return output
+
+    def _place(self, module: nn.Module) -> int:
+        places = self._places[module]
+        k = next((p for p in places if p >= self._next), places[0])
+        if k != self._next:
+            if k:
+                expected = self.names[self._next % len(self.names)]
+                self.restart()
+                raise RuntimeError(
+                    f"recompute: blocks must be called in the order of the plan, got {self.names[k]} where {expected} "
+                    "is next; make a new plan"
+                )
+            self.restart()
+        return k
+
+    def _run(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.calls[k]
+        leaves, structure = flatten(args, kwargs)
+        if k == 0:
+            values = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+            self._outer = {i: values[i] for i in self._shared if i in values}
+            if structure != call.structure or set(values) != {f.what for f in call.leaves if f.source == "outer"}:
+                self._refuse(k)
+            previous: Mapping[int, Any] = {}
+            outer: Mapping[int, Any] = values
+        else:
+            previous, outer = dict(enumerate(pytree.tree_flatten(self._output)[0])), self._outer
+            if call.differs(leaves, structure, previous, outer):
+                self._refuse(k)
+            if k < self._through:
+                return self._output
+        item = self._items[k]
+        if isinstance(item, Kept):
+            self._output, self._through = self._kept(item, args, kwargs), k + 1
+        else:
+            self._output, self._through = self._segment(item, previous, outer), item.end
+        return self._output
+
+    def _refuse(self, k: int) -> None:
+        raise RuntimeError(
+            f"recompute: block {self.names[k]} was called with other arguments than when it was measured, or with "
+            "something that is not the output of the block before; make a new plan"
+        )
+
+    # ---- execution ----
+
+    def _kept(self, item: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        context = self.options[item.block][item.option] if self.options else None
+        with contextlib.nullcontext() if context is None else context():
+            return self._plain[self.modules[item.block]](*args, **kwargs)
+
+    def _segment(self, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
+        frame = _Frame(self, segment, previous, outer)
+        return checkpoint(frame, *frame.tensors(previous, outer), use_reentrant=False)
+
+    def run_items(self, items: Sequence[Kept | Segment], previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
+        output = None
+        for place, item in enumerate(items):
+            if place:
+                previous = dict(enumerate(pytree.tree_flatten(output)[0]))
+            del output
+            if isinstance(item, Kept):
+                args, kwargs = self.calls[item.block].arguments(previous, outer)
+                output = self._kept(item, args, kwargs)
+                del args, kwargs
+            else:
+                output = self._segment(item, previous, outer)
+        return output
+
+
+class _Frame:
+    """A segment as the function of a checkpoint, which is called once in the forward, and again for the backward: then
+    with the buffers, generators and parameters of the first time, and leaves them as they were before."""
+
+    def __init__(
+        self, executor: Executor, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]
+    ) -> None:
+        self._executor, self._segment = executor, segment
+        calls = executor.calls[segment.first : segment.end]
+        read = {leaf.what for leaf in calls[0].leaves if leaf.source == "previous"}
+        read_outer = {leaf.what for call in calls for leaf in call.leaves if leaf.source == "outer"}
+        self._previous = sorted(i for i in read if isinstance(previous[i], torch.Tensor))
+        self._outer = sorted(i for i in read_outer if isinstance(outer[i], torch.Tensor))
+        self._constants = {i: previous[i] for i in read if i not in self._previous}
+        self._state: State | None = None
+        self._parameters: list[tuple[nn.Module, str, Any]] = []
+
+    def tensors(self, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> list[torch.Tensor]:
+        return [*(previous[i] for i in self._previous), *(outer[i] for i in self._outer)]
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        count = len(self._previous)
+        previous = dict(zip(self._previous, tensors[:count], strict=True)) | self._constants
+        outer = dict(zip(self._outer, tensors[count:], strict=True))
+        del tensors
+        run = self._executor.run_items
+        if self._state is None:
+            self._state, self._parameters = self._now(), self._current_parameters()
+            return run(self._segment.items, previous, outer)
+        now = self._now()
+        self._state.set()
+        try:
+            with _parameters_set(self._parameters):
+                return run(self._segment.items, previous, outer)
+        finally:
+            now.set()
+
+    def _now(self) -> State:
+        executor, blocks = self._executor, range(self._segment.first, self._segment.end)
+        return State([key for k in blocks for key in executor.buffers[k]], executor.generators)
+
+    def _current_parameters(self) -> list[tuple[nn.Module, str, Any]]:
+        """What `torch.func.functional_call` may have put in the place of parameters. Sharded ones are their owner's
+        business."""
+        found = []
+        for module in dict.fromkeys(self._executor.modules[self._segment.first : self._segment.end]):
+            for owner, name in parameters_of(module):
+                value = owner._parameters[name]
+                if type(value).__name__ != "DTensor" and type(getattr(value, "data", None)).__name__ != "DTensor":
+                    found.append((owner, name, value))
+        return found
+
+
+@contextlib.contextmanager
+def _parameters_set(parameters: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    others = [(m, name, m._parameters[name]) for m, name, value in parameters if m._parameters[name] is not value]
+    for module, name, value in parameters:
+        module._parameters[name] = value
+    try:
+        yield
+    finally:
+        for module, name, value in others:
+            module._parameters[name] = value

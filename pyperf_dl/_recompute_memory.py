@@ -1,0 +1,114 @@
+"""Bytes of tensors, as the allocator counts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_MARK = "pyperf_dl.recompute:"
+
+
+class Usage(NamedTuple):
+    """Bytes of a phase above what was there when it began: most during it, and left behind it."""
+
+    peak: int
+    after: int
+
+
+class MemoryRecorder:
+    """Exact bytes of phases of a program on one device; `usages` holds them when the context is left.
+
+    On CUDA these are the allocator's own statistics. On a CPU they are the allocator's own reports, which the profiler
+    of PyTorch collects: every allocation and release of a tensor's memory, whoever holds the tensor. Memory that a
+    library takes without PyTorch's allocator (oneDNN's scratch, say) is in neither.
+
+    Phases with the same name are one: the largest counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.usages: dict[str, Usage] = {}
+        self._profile: Any = None
+
+    def __enter__(self) -> MemoryRecorder:
+        if self.device.type != "cuda":
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each session writes lines to stderr
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profile is None:
+            return
+        self._profile.__exit__(*error)
+        if error[0] is None:
+            self._read(self._profile.profiler.kineto_results.events())
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._profile is not None:
+            with record_function(_MARK + name):
+                yield
+            return
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        self._add(name, Usage(peak, torch.cuda.memory_allocated(self.device) - before))
+
+    def _add(self, name: str, usage: Usage) -> None:
+        self.usages[name] = max(usage, self.usages.get(name, usage))
+
+    def _read(self, events: Iterable[Any]) -> None:
+        changes, phases = [], []
+        for event in events:
+            if event.name() == "[memory]":
+                changes.append((event.start_ns(), event.nbytes()))
+            elif event.name().startswith(_MARK):
+                phases.append((event.start_ns(), event.end_ns(), event.name()[len(_MARK) :]))
+        changes.sort(key=lambda change: change[0])
+        phases.sort()
+        for begin, end, name in phases:
+            bytes_now = peak = 0
+            for when, change in changes:
+                if begin <= when <= end:
+                    bytes_now += change
+                    peak = max(peak, bytes_now)
+            self._add(name, Usage(peak, bytes_now))
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes of tensors that a call has at a time, above those that are there before it.
+
+    Args:
+        function: is called once.
+        device: whose memory is meant.
+
+    Returns:
+        int: exact: CUDA's allocator statistics, or the CPU allocator's reports of each allocation and release.
+
+    >>> from pyperf_dl import recompute
+    >>> x = torch.ones(1000)
+    >>> recompute.peak_memory(lambda: (x + x) * x)
+    8000
+    """
+    with MemoryRecorder(torch.device(device)) as recorder, recorder.phase("call"):
+        made = function()
+    del made
+    return recorder.usages["call"].peak
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of the tensors, each storage once."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+    return sum(found.values())

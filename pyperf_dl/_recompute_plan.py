@@ -1,0 +1,366 @@
+"""A plan: the schedule of a model's blocks for a budget, and the model that runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ._autograd import _are_functorch_transforms_active
+from ._recompute_blocks import Blocks, Chain
+from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
+from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
+from ._recompute_execute import Executor, items_of_model
+from ._recompute_profile import Measured, job_of, measure
+from ._recompute_report import plot_plan, shown_bytes, table_of
+from ._recompute_solver import least_budget, simulate, solve
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
+_ON_NEW_SHAPES = ("replan", "error", "keep")
+
+
+def budget_bytes(budget: int | str, full_peak: int, device: torch.device) -> int:
+    """Of a number of bytes, "6GiB", "500 MB", "70%" of the peak without recomputation, or "fit"."""
+    rule = f"{OP}: budget must be bytes, a size such as '6GiB' or '500 MB', a part such as '70%', or 'fit'"
+    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
+        raise TypeError(f"{rule}, got {budget!r} of {type(budget).__name__}")
+    if isinstance(budget, int):
+        amount = budget
+    elif budget.strip().lower() == "fit":
+        if device.type != "cuda":
+            raise ValueError(f"{OP}: budget='fit' is for CUDA devices, got a model on {device}; pass bytes")
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        amount = free + cached + torch.cuda.memory_allocated(device) - int(_RESERVE * total)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[a-zA-Z]*)\s*", budget)
+        unit = match.group(2).lower() if match else "?"
+        if unit != "%" and unit not in _UNITS:
+            raise ValueError(f"{rule}, got {budget!r}")
+        amount = int(float(match.group(1)) * (full_peak / 100 if unit == "%" else _UNITS[unit]))
+    if amount <= 0:
+        raise ValueError(f"{rule}, and > 0, got {budget!r}")
+    return amount
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    budget: int | str,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    blocks: Blocks = None,
+    generators: Sequence[torch.Generator] = (),
+    on_new_shapes: str = "replan",
+    time_limit: float | None = 10.0,
+    progress: bool = False,
+) -> Plan:
+    """Which activations of a model to keep and which to compute again, so that a training step stays within a budget
+    of memory at the least extra time.
+
+    Measures the model's chain of blocks (`profile`) and solves for the best persistent schedule (`solve`).
+    ``plan.apply()`` makes the model run it.
+
+    Args:
+        model: on the device it trains on, in the mode it trains in; not yet wrapped in DDP or FSDP.
+        inputs: of a training step: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        budget: the peak of the whole step as the allocator counts it: parameters, gradients, optimizer state, inputs,
+            activations. Bytes, ``"6GiB"``, ``"500 MB"``, ``"70%"`` of the peak without recomputation, or ``"fit"``:
+            what is free on the CUDA device, less 5 % of its memory.
+        loss_fn: the loss of the model's output. None: the output's ``loss``, or the output itself where it is one
+            number, or else the sum of the means of its tensors.
+        optimizer: whose state counts; or bytes. None: none.
+        blocks: the name of a container, or names or modules in the order of the forward. None: the longest chain among
+            the children of the model's ``nn.Sequential`` and ``nn.ModuleList``.
+        generators: that the blocks draw from, beside the default ones.
+        on_new_shapes: what to do when the model gets inputs of other shapes in training: ``"replan"`` makes and keeps
+            another plan with the same budget, ``"error"`` raises, ``"keep"`` goes on with this plan, whose budget then
+            holds for inputs that are not larger.
+        time_limit: seconds for the solver, which then returns the best schedule so far, and its gap.
+        progress: shows a bar (needs rich).
+
+    Returns:
+        Plan: not applied yet.
+
+    Raises:
+        TypeError, ValueError: a budget below the least feasible one, which the message names with the block that
+            decides it; blocks that are no chain, or change their input in place, or are not the same when run again.
+
+    Gradients, outputs, buffers and random numbers are those of the model without a plan, bit for bit, where its
+    operators are deterministic. Beaumont et al.: Optimal checkpointing for heterogeneous chains (HAL hal-02352969).
+
+    >>> from pyperf_dl import recompute
+    >>> model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(8)])
+    >>> plan = recompute.plan(model, torch.randn(512, 64), budget="75%")
+    >>> plan.predicted_peak <= plan.budget
+    True
+    >>> model = plan.apply()
+    """
+    if on_new_shapes not in _ON_NEW_SHAPES:
+        raise ValueError(f"{OP}: on_new_shapes must be one of {', '.join(_ON_NEW_SHAPES)}, got {on_new_shapes!r}")
+    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
+        budget_bytes(budget, 0, torch.device("cpu"))
+    job = job_of(model, inputs, loss_fn)
+    if any(True for _ in _plans_of(model)):
+        raise ValueError(f"{OP}: model runs a plan already; call its remove() first")
+    how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "progress": progress}
+    measured = measure(job, **how)
+    amount, schedule = _solved(measured.profile, budget, job.device, time_limit)
+
+    def again(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Measured, Schedule]:
+        found = measure(job._replace(args=args, kwargs=kwargs), **how)
+        return found, _solved(found.profile, amount, job.device, time_limit)[1]
+
+    return Plan(model, measured, schedule, amount, tuple(generators), on_new_shapes, again)
+
+
+def profile(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    blocks: Blocks = None,
+    generators: Sequence[torch.Generator] = (),
+    progress: bool = False,
+) -> ChainProfile:
+    """Times and bytes of a model's chain of blocks.
+
+    Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
+    buffers, gradients and mode, and the generators are left as they were. Times are medians over the steps, and over
+    blocks that are alike; bytes are the allocator's own, see `peak_memory`.
+
+    Args, raises: see `plan`.
+
+    Returns:
+        ChainProfile: its first and last entries are what lies before and behind the blocks.
+    """
+    return measure(
+        job_of(model, inputs, loss_fn),
+        optimizer=optimizer,
+        blocks=blocks,
+        generators=generators,
+        progress=progress,
+    ).profile
+
+
+def pareto(chain: ChainProfile, points: int = 20) -> list[Schedule]:
+    """The best schedules for budgets between the least feasible one and that without recomputation.
+
+    Args:
+        chain: see `profile`.
+        points: how many budgets.
+
+    Returns:
+        list[Schedule]: by budget; each `predicted_peak` and `predicted_time` is a point of the trade.
+    """
+    if not isinstance(points, int) or isinstance(points, bool) or points < 2:
+        raise ValueError(f"{OP}.pareto: points must be an int >= 2, got {points!r}")
+    least, most = least_budget(chain)[0], full_peak(chain)
+    step = (most - least) / (points - 1)
+    return [solve(chain, least + round(k * step)) for k in range(points)]
+
+
+def full_peak(chain: ChainProfile) -> int:
+    """Bytes of a step without recomputation."""
+    return simulate(chain, keep_everything(chain)).peak
+
+
+def _solved(
+    chain: ChainProfile, budget: int | str, device: torch.device, time_limit: float | None
+) -> tuple[int, Schedule]:
+    amount = budget_bytes(budget, full_peak(chain), device)
+    return amount, solve(chain, amount, time_limit=time_limit)
+
+
+def _plans_of(model: nn.Module) -> Any:
+    return (m for m in model.modules() if is_intercepted(m))
+
+
+class Plan:
+    """A schedule for a model; `print` shows it block by block.
+
+    Attributes:
+        profile: the `ChainProfile` it was solved for.
+        schedule: the `Schedule`.
+        budget: bytes.
+        predicted_peak: bytes of the whole step.
+        predicted_time: seconds of forward and backward.
+        gap: how much longer than the best persistent schedule it may take, as a part of that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        measured: Measured,
+        schedule: Schedule,
+        budget: int,
+        generators: tuple[torch.Generator, ...] = (),
+        on_new_shapes: str = "keep",
+        again: Callable[..., tuple[Measured, Schedule]] | None = None,
+    ) -> None:
+        self._model, self._measured, self.schedule, self.budget = model, measured, schedule, budget
+        self._generators, self._on_new_shapes, self._again = generators, on_new_shapes, again
+        self._others: dict[str, tuple[Measured, Schedule]] = {}
+        self._executor: Executor | None = None
+        self._model_before: Any = None
+
+    @property
+    def profile(self) -> ChainProfile:
+        return self._measured.profile
+
+    @property
+    def predicted_peak(self) -> int:
+        return self.schedule.predicted_peak
+
+    @property
+    def predicted_time(self) -> float:
+        return self.schedule.predicted_time
+
+    @property
+    def gap(self) -> float:
+        return self.schedule.gap
+
+    @property
+    def timeline(self) -> Timeline:
+        """The step, event by event."""
+        return simulate(self.profile, self.schedule)
+
+    # ---- the model ----
+
+    def apply(self, model: nn.Module | None = None) -> nn.Module:
+        """Makes the model run the plan, and returns it.
+
+        Parameters, names, state_dict and hooks are as before; a copy or a pickle of the model is one without a plan.
+        Nothing is run again where gradients are off.
+
+        Args:
+            model: None for the one that was measured. Another one must have blocks of the same names and parameters:
+                a copy, or a model for which the plan was loaded.
+        """
+        if self._executor is not None:
+            raise ValueError(f"{OP}: the plan is applied already; call remove() first")
+        if model is None:
+            model = self._model
+        if model is None:
+            raise ValueError(f"{OP}: a plan that was loaded needs the model: apply(model)")
+        if any(True for _ in _plans_of(model)):
+            raise ValueError(f"{OP}: model runs another plan; call its remove() first")
+        if model is not self._model:
+            self._measured = self._measured._replace(chain=self._measured.chain.of(model))
+            self._model, self._again = model, None
+        self._attach(self._measured, self.schedule)
+        self._model_before, self._plain_model = model._compiled_call_impl, plain_call(model)
+        if model not in self._measured.chain.modules:
+            intercept(model, self._call)
+        return model
+
+    def remove(self) -> nn.Module:
+        """The model as it was, which it returns."""
+        if self._executor is None or self._model is None:
+            raise ValueError(f"{OP}: the plan is not applied")
+        self._executor.detach()
+        self._executor = None
+        self._model._compiled_call_impl = self._model_before
+        return self._model
+
+    def _attach(self, measured: Measured, schedule: Schedule) -> None:
+        if self._executor is not None:
+            self._executor.detach()
+        chain = measured.chain
+        self._executor = Executor(
+            chain.modules, chain.names, chain.calls, items_of_model(schedule), measured.buffers, self._generators
+        )
+        self._executor.attach()
+        self._signature = measured.profile.signature
+
+    def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled() and not _are_functorch_transforms_active():
+            self._executor.restart()
+            signature = signature_of([args, kwargs])
+            if signature != self._signature and self._on_new_shapes != "keep":
+                self._renew(signature, args, kwargs)
+        return self._plain_model(*args, **kwargs)
+
+    def _renew(self, signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._on_new_shapes == "error" or self._again is None:
+            raise ValueError(
+                f"{OP}: the plan is for inputs {self.profile.signature}, got {signature}; make another plan, or plan "
+                "with on_new_shapes='replan' or 'keep'"
+            )
+        self._others.setdefault(self.profile.signature, (self._measured, self.schedule))
+        if signature not in self._others:
+            attached, self._executor = self._executor, None
+            attached.detach()
+            try:
+                self._others[signature] = self._again(args, kwargs)
+            finally:
+                self._executor = attached
+                attached.attach()
+        self._measured, self.schedule = self._others[signature]
+        self._attach(self._measured, self.schedule)
+
+    # ---- files ----
+
+    def save(self, path: str | Path) -> None:
+        """As JSON: measurements, schedule, and how the model calls its blocks; no parameters, no code."""
+        Path(path).write_text(json.dumps(self._to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """What `save` wrote; for `apply(model)`."""
+        data = json.loads(Path(path).read_text())
+        calls = tuple(
+            Call(tuple(Leaf(*leaf) for leaf in call["leaves"]), pytree.treespec_loads(call["structure"]))
+            for call in data["calls"]
+        )
+        chain = Chain((), tuple(data["names"]), calls, tuple(data["parameters"]))
+        buffers = tuple(tuple(names) for names in data["buffers"])
+        measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers)
+        return cls(None, measured, Schedule.from_json(data["schedule"]), data["budget"])
+
+    def _to_json(self) -> dict[str, Any]:
+        chain = self._measured.chain
+        for call, name in zip(chain.calls, chain.names, strict=True):
+            for leaf in call.leaves:
+                if leaf.source == "constant" and not isinstance(leaf.what, (int, float, str, bool, type(None))):
+                    raise TypeError(
+                        f"{OP}: a plan can be saved where blocks' arguments are tensors, numbers and strings, got a "
+                        f"{type(leaf.what).__name__} for block {name}"
+                    )
+        return {
+            "budget": self.budget,
+            "names": list(chain.names),
+            "calls": [
+                {"leaves": [list(f) for f in c.leaves], "structure": pytree.treespec_dumps(c.structure)}
+                for c in chain.calls
+            ],
+            "parameters": list(chain.parameters),
+            "buffers": [list(names) for names in self._measured.buffers],
+            "profile": self.profile.to_json(),
+            "schedule": self.schedule.to_json(),
+        }
+
+    # ---- reports ----
+
+    def __str__(self) -> str:
+        return table_of(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.profile) - 2} blocks, budget {shown_bytes(self.budget)}, predicted peak "
+            f"{shown_bytes(self.predicted_peak)}, predicted time {self.predicted_time * 1e3:.1f} ms)"
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draws memory over time, and the schedule below it (needs matplotlib)."""
+        plot_plan(self, path)

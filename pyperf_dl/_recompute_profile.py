@@ -1,0 +1,464 @@
+"""Measures a model's chain of blocks: times, and bytes of the allocator."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ._recompute_blocks import Blocks, Chain, find_chain
+from ._recompute_calls import (
+    OP,
+    State,
+    buffers_named,
+    buffers_of,
+    default_generators_kept,
+    flatten,
+    intercepted,
+    plain_call,
+    same_bits,
+    signature_of,
+    tensors_of,
+)
+from ._recompute_chain import Block, ChainProfile, Option
+from ._recompute_memory import MemoryRecorder, storage_bytes
+
+_BEFORE, _BEHIND = "before the blocks", "behind the blocks"
+_REPETITIONS = 3  # with the pass that finds the blocks, and that of bytes, five steps
+
+
+class Measured(NamedTuple):
+    """A profile, and what running a plan of it needs to know."""
+
+    profile: ChainProfile
+    chain: Chain
+    buffers: tuple[tuple[str, ...], ...]  # names of those that each block changes
+
+
+class Job(NamedTuple):
+    """A training step without its optimizer: the loss of a model's output."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss_fn: Callable[[Any], torch.Tensor] | None
+
+    def forward(self) -> Any:
+        return self.model(*self.args, **self.kwargs)
+
+    def loss(self, output: Any) -> torch.Tensor:
+        if self.loss_fn is not None:
+            loss = self.loss_fn(output)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise ValueError(f"{OP}: loss_fn must return a tensor with one number, got {_described(loss)}")
+            return loss
+        if isinstance(getattr(output, "loss", None), torch.Tensor):
+            return output.loss
+        floats = [t for t in tensors_of(output) if t.requires_grad]
+        if not floats:
+            raise ValueError(f"{OP}: nothing in the model's output needs a gradient, got {signature_of(output)}")
+        return floats[0] if floats[0].numel() == 1 else sum(t.float().mean() for t in floats)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def job_of(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], torch.Tensor] | None) -> Job:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{OP}: loss_fn must be a function of the model's output, got {type(loss_fn).__name__}")
+    parameters = list(model.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(f"{OP}: model must have parameters that need gradients, {type(model).__name__} has none")
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        args = tuple(inputs)
+    else:
+        args = (inputs,)
+    tensors = tensors_of([args, kwargs])
+    if not tensors:
+        raise TypeError(
+            f"{OP}: inputs must be a tensor, a tuple of arguments, or a dict of keyword arguments, with at least one "
+            f"tensor, got {type(inputs).__name__}"
+        )
+    device = parameters[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{OP}: inputs must be on the model's device {device}, got a tensor on {tensor.device}")
+    return Job(model, args, kwargs, loss_fn)
+
+
+def measure(
+    job: Job,
+    *,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    blocks: Blocks = None,
+    generators: Sequence[torch.Generator] = (),
+    progress: bool = False,
+) -> Measured:
+    """Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
+    buffers and gradients, and the generators are left as they were."""
+    extra = optimizer_bytes(job.model, optimizer)
+    device = job.device
+    state = State(buffers_of(job.model), generators)
+    with _progress(2 + _REPETITIONS, progress) as advance, default_generators_kept(device), torch.enable_grad():
+        try:
+            chain = find_chain(job.model, job.forward, blocks)
+            state.set()
+            advance("bytes")
+            with _zero_gradients(job.model):
+                with MemoryRecorder(device) as recorder:
+                    trace = _trace(job, chain, recorder.phase, generators, careful=True)
+                state.set()
+                times: dict[str, list[float]] = {}
+                for _ in range(_REPETITIONS):
+                    advance("times")
+                    timer = _Timer(device, times)
+                    _trace(job, chain, timer.phase, generators)
+                    state.set()
+            frame = _frame_seconds(device)
+        finally:
+            state.set()
+    usages = recorder.usages
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    measured = [
+        _block(chain.names[k], str(k), usages, seconds, trace.output_bytes[k], True) for k in range(len(chain.names))
+    ]
+    seconds_alike = _averaged(measured, chain.modules)
+    before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
+    behind = _block(_BEHIND, _BEHIND, usages, seconds, 0, False)
+    static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
+    gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
+    profile = ChainProfile(
+        (before, *seconds_alike, behind),
+        storage_bytes(static) + gradients + extra + _frame_bytes(chain, trace.buffers, device),
+        frame,
+        str(device),
+        signature_of([job.args, job.kwargs]),
+    )
+    return Measured(profile, chain, trace.buffers)
+
+
+def _frame_bytes(chain: Chain, buffers: Sequence[Sequence[str]], device: torch.device) -> int:
+    """The most that segments hold to be run again: the state of the CPU's generator, and buffers that blocks change,
+    those of the forward and, while it runs again, those of now."""
+    pairs = zip(chain.modules, buffers, strict=True)
+    changed = sum(storage_bytes(m._buffers[n] for m, n in buffers_named(module, names)) for module, names in pairs)
+    return 2 * changed + (len(buffers) * torch.get_rng_state().nbytes if device.type == "cpu" else 0)
+
+
+def optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | int | None) -> int:
+    """Of its state, once it has made a step."""
+    if optimizer is None:
+        return 0
+    if isinstance(optimizer, int) and not isinstance(optimizer, bool):
+        if optimizer < 0:
+            raise ValueError(f"{OP}: optimizer must be an optimizer, or bytes of its state >= 0, got {optimizer}")
+        return optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{OP}: optimizer must be a torch optimizer or bytes of its state, got {_described(optimizer)}")
+    found = sum(storage_bytes(tensors_of(list(state.values()))) for state in optimizer.state.values())
+    for group in optimizer.param_groups:
+        fresh = [p for p in group["params"] if p.requires_grad and p not in optimizer.state]
+        if fresh:
+            found += _fresh_state_bytes(optimizer, group, fresh)
+    return found
+
+
+def _fresh_state_bytes(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[torch.Tensor]
+) -> int:
+    """What the same optimizer makes of small parameters, in proportion."""
+    settings = {key: value for key, value in group.items() if key != "params"}
+    small = [nn.Parameter(torch.zeros(min(p.numel(), 64), dtype=p.dtype)) for p in parameters]
+    for p in small:
+        p.grad = torch.zeros_like(p)
+    trial = type(optimizer)([{**settings, "params": small}])
+    trial.step()
+    total = 0
+    for p, real in zip(small, parameters, strict=True):
+        for value in trial.state.get(p, {}).values():
+            if isinstance(value, torch.Tensor):
+                times = real.numel() / p.numel() if value.numel() == p.numel() and p.numel() else 1
+                total += int(value.numel() * value.element_size() * times)
+    return total
+
+
+# ---- one step, block by block ----
+
+
+class _Trace(NamedTuple):
+    output_bytes: list[int]
+    input_bytes: int  # of what the first block reads
+    buffers: tuple[tuple[str, ...], ...]
+
+
+def _trace(
+    job: Job, chain: Chain, phase: Callable[[str], Any], generators: Sequence[torch.Generator], careful: bool = False
+) -> _Trace:
+    """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
+    plain = {module: plain_call(module) for module in chain.modules}
+    output_bytes: list[int] = []
+    buffers: list[tuple[str, ...]] = []
+    edges: list[Any] = []  # between what lies before the blocks, and the first one
+    input_bytes = 0
+    last: list[torch.Tensor] = []
+    held: list[Any] = []  # what the last block reads: in training it has that until its backward
+    running = contextlib.ExitStack()
+
+    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal input_bytes
+        k = len(output_bytes)
+        if k >= len(chain.modules):
+            raise RuntimeError(f"{OP}: block {chain.names[-1]} is called again, other than in the forward before")
+        if k == 0:
+            running.close()
+            grads = [t for t in tensors_of([args, kwargs]) if t.requires_grad]
+            edges.extend((torch.autograd.graph.get_gradient_edge(t), _like(t)) for t in grads)
+            input_bytes = storage_bytes(tensors_of([args, kwargs]))
+        state = State(buffers_of(module), generators)
+        output = _measured_block(module, plain[module], args, kwargs, str(k), chain.names[k], phase, state, careful)
+        output_bytes.append(storage_bytes(tensors_of(output)))
+        paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
+        buffers.append(tuple(paths[m] + name for m, name in state.changed()) if careful else ())
+        if k + 1 == len(chain.modules):
+            last.extend(t for t in tensors_of(output) if t.requires_grad)
+            held.extend([args, kwargs])
+            running.enter_context(phase(f"{_BEHIND}:history"))
+        return output
+
+    with intercepted(chain.modules, call):
+        running.enter_context(phase(f"{_BEFORE}:history"))
+        try:
+            loss = job.loss(job.forward())
+        finally:
+            running.close()
+    if len(output_bytes) < len(chain.modules):
+        raise RuntimeError(
+            f"{OP}: block {chain.names[len(output_bytes)]} is not called, other than in the forward before"
+        )
+    if not loss.requires_grad:
+        raise ValueError(f"{OP}: the loss must depend on parameters that need gradients")
+    with phase(f"{_BEHIND}:backward"):
+        loss.backward()
+    del loss
+    for tensor in last:
+        tensor.grad = None
+    held.clear()
+    with phase(f"{_BEFORE}:backward"):
+        if edges:
+            torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges])
+    return _Trace(output_bytes, input_bytes, tuple(buffers))
+
+
+def _measured_block(
+    module: nn.Module,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    label: str,
+    name: str,
+    phase: Callable[[str], Any],
+    state: State,
+    careful: bool,
+) -> Any:
+    """The output, cut off from its history."""
+    leaves, structure = flatten(args, kwargs)
+    cut = [
+        t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in leaves
+    ]  # fmt: skip
+    args, kwargs = torch.utils._pytree.tree_unflatten(cut, structure)
+    random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    with torch.autograd.graph.saved_tensors_hooks(_drop, _drop), phase(f"{label}:forward"):
+        output = run(*args, **kwargs)
+    values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
+    del output
+    if careful:
+        state.set()
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state_all(random[1])
+    with phase(f"{label}:history"):
+        output = run(*args, **kwargs)
+    if careful:
+        pairs = zip(tensors_of(values), tensors_of(output), strict=False)
+        if not all(same_bits(a, b) for a, b in pairs):
+            raise ValueError(
+                f"{OP}: block {name} gives another output when it runs again with the same input, parameters, buffers "
+                "and random numbers, so that its gradients would be wrong: it has a side effect, or an operator that "
+                "is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
+            )
+        del pairs
+    seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
+    edges = [torch.autograd.graph.get_gradient_edge(t) for t in seeded]
+    zeros = [_zeros(_like(t)) for t in seeded]
+    with phase(f"{label}:release"):
+        del output, seeded
+    with phase(f"{label}:backward"):
+        if edges:
+            torch.autograd.backward(edges, zeros)
+    return values
+
+
+class _Seed(torch.autograd.Function):
+    """A view, whose gradient is made when the backward gets there, and is the engine's alone as in a whole backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.like = _like(tensor)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        shape, stride, dtype, device = ctx.like
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+
+
+def _like(t: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(t.shape), t.stride(), t.dtype, t.device
+
+
+def _zeros(like: tuple[Any, ...]) -> torch.Tensor:
+    """Without memory of its own."""
+    shape, _, dtype, device = like
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def _drop(_: Any) -> None:
+    return None
+
+
+def _cut(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().requires_grad_(t.requires_grad)
+
+
+@contextlib.contextmanager
+def _zero_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients of their own, so that a backward adds to them as it will in training."""
+    before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for p, _ in before:
+        p.grad = torch.zeros_like(p)
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+# ---- numbers ----
+
+
+def _block(
+    name: str, label: str, usages: dict[str, Any], seconds: dict[str, float], output_bytes: int, recomputable: bool
+) -> Block:
+    history, backward = usages[f"{label}:history"], usages[f"{label}:backward"]
+    saved = max(history.after, 0)
+    begin = saved + usages[f"{label}:release"].after if recomputable else saved
+    option = Option(
+        "keep",
+        seconds[f"{label}:history"],
+        seconds[f"{label}:backward"],
+        saved,
+        max(history.peak, saved),
+        max(begin + backward.peak, 0),
+    )
+    if not recomputable:
+        return Block(name, 0.0, output_bytes, output_bytes, (option,), False)
+    forward = usages[f"{label}:forward"]
+    return Block(
+        name, seconds[f"{label}:forward"], output_bytes, max(forward.peak, output_bytes), (option,), recomputable
+    )
+
+
+def _averaged(blocks: Sequence[Block], modules: Sequence[nn.Module]) -> list[Block]:
+    """Blocks of one class with the same bytes and parameters take the same time: the median of what they took."""
+
+    def kind(block: Block, module: nn.Module) -> Any:
+        sizes = [(o.saved_bytes, o.history_peak, o.backward_peak) for o in block.options]
+        shapes = tuple(p.shape for p in module.parameters())
+        return type(module), block.output_bytes, block.forward_peak, tuple(sizes), shapes
+
+    alike: dict[Any, list[Block]] = {}
+    kinds = [kind(block, module) for block, module in zip(blocks, modules, strict=True)]
+    for block, key in zip(blocks, kinds, strict=True):
+        alike.setdefault(key, []).append(block)
+    made = []
+    for block, key in zip(blocks, kinds, strict=True):
+        same = alike[key]
+        option = block.options[0]._replace(
+            forward=statistics.median(b.options[0].forward for b in same),
+            backward=statistics.median(b.options[0].backward for b in same),
+        )
+        made.append(block._replace(forward=statistics.median(b.forward for b in same), options=(option,)))
+    return made
+
+
+def _frame_seconds(device: torch.device) -> float:
+    """What a checkpoint costs beside what runs in it."""
+    x = torch.zeros(1, device=device, requires_grad=True)
+
+    def run(function: Callable[[], torch.Tensor]) -> float:
+        times = []
+        for _ in range(10):
+            _synchronize(device)
+            begin = time.perf_counter()
+            function().backward()
+            _synchronize(device)
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    plain = run(lambda: (x * x).sum())
+    return max(0.0, run(lambda: checkpoint(lambda t: t * t, x, use_reentrant=False).sum()) - plain)
+
+
+class _Timer:
+    """Seconds of phases, gathered by name."""
+
+    def __init__(self, device: torch.device, times: dict[str, list[float]]) -> None:
+        self._device, self._times = device, times
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        _synchronize(self._device)
+        begin = time.perf_counter()
+        yield
+        _synchronize(self._device)
+        self._times.setdefault(name, []).append(time.perf_counter() - begin)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _progress(steps: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    """advance(what is next)"""
+    if not shown:
+        yield lambda what: None
+        return
+    if importlib.util.find_spec("rich") is None:
+        raise RuntimeError(f"{OP}: progress=True needs rich (pip install rich)")
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"{OP}: blocks", total=steps)
+        yield lambda what: bar.update(task, advance=1, description=f"{OP}: {what}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    return f"{value!r} of {type(value).__name__}"[:100]
