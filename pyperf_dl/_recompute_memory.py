@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 _MARK = "pyperf_dl.recompute:"
 
@@ -82,6 +86,57 @@ class MemoryRecorder:
                     bytes_now += change
                     peak = max(peak, bytes_now)
             self._add(name, Usage(peak, bytes_now))
+
+
+class FakeRecorder(TorchDispatchMode):
+    """Bytes and times of phases of a program on tensors without data (`FakeTensorMode`, or the device "meta").
+
+    Follows the storages of what operators return; what an operator allocates within itself is not seen. Times are
+    those of a machine with the given numbers of operations and bytes a second, each operator taking the longer one.
+    """
+
+    def __init__(self, operations: float = 2e14, bandwidth: float = 2e12) -> None:
+        super().__init__()
+        self.usages: dict[str, Usage] = {}
+        self.times: dict[str, list[float]] = {}
+        self._operations, self._bandwidth = operations, bandwidth
+        self._live: dict[int, int] = {}
+        self._now = self._peak = 0
+        self._seconds = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage()._cdata for t in given}
+        for t in tensors:
+            self._follow(t.untyped_storage(), known)
+        if not func.is_view:
+            moved = sum(t.numel() * t.element_size() for t in [*tensors, *given])
+            count = flop_registry.get(func._overloadpacket)
+            operations = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
+            self._seconds += max(operations / self._operations, moved / self._bandwidth)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage, known: set[int]) -> None:
+        key = storage._cdata
+        if key in self._live or key in known:
+            return
+        self._live[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        self._peak = max(self._peak, self._now)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self._now -= self._live.pop(key, 0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin, seconds = self._now, self._seconds
+        self._peak = begin
+        yield
+        self.usages[name] = Usage(self._peak - begin, self._now - begin)
+        self.times.setdefault(name, []).append(self._seconds - seconds)
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:

@@ -131,6 +131,7 @@ def profile(
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
+    device: str | None = None,
     progress: bool = False,
 ) -> ChainProfile:
     """Times and bytes of a model's chain of blocks.
@@ -139,13 +140,23 @@ def profile(
     buffers, gradients and mode, and the generators are left as they were. Times are medians over the steps, and over
     blocks that are alike; bytes are the allocator's own, see `peak_memory`.
 
-    Args, raises: see `plan`.
+    Args:
+        model, inputs, loss_fn, optimizer, blocks, generators, progress: see `plan`.
+        device: ``"meta"`` predicts without running: the operators get tensors without data, so that a model which does
+            not fit can be looked at; it may lie on the device "meta" itself. Bytes are those of what operators return,
+            not of what they allocate within themselves; times are those of a machine of 200 TFLOP/s and 2 TB/s.
+
+    Raises:
+        TypeError, ValueError: see `plan`.
 
     Returns:
         ChainProfile: its first and last entries are what lies before and behind the blocks.
     """
+    if device not in (None, "meta"):
+        raise ValueError(f"{OP}.profile: device must be None, the model's own, or 'meta', got {device!r}")
     return measure(
         job_of(model, inputs, loss_fn),
+        without_data=device == "meta",
         optimizer=optimizer,
         blocks=blocks,
         generators=generators,

@@ -28,7 +28,7 @@ from ._recompute_calls import (
     tensors_of,
 )
 from ._recompute_chain import Block, ChainProfile, Option
-from ._recompute_memory import MemoryRecorder, storage_bytes
+from ._recompute_memory import FakeRecorder, MemoryRecorder, storage_bytes
 
 _BEFORE, _BEHIND = "before the blocks", "behind the blocks"
 _REPETITIONS = 3  # with the pass that finds the blocks, and that of bytes, five steps
@@ -106,29 +106,39 @@ def measure(
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
+    without_data: bool = False,
     progress: bool = False,
 ) -> Measured:
     """Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
     buffers and gradients, and the generators are left as they were."""
     extra = optimizer_bytes(job.model, optimizer)
-    device = job.device
     state = State(buffers_of(job.model), generators)
-    with _progress(2 + _REPETITIONS, progress) as advance, default_generators_kept(device), torch.enable_grad():
+    with (
+        _progress(2 + _REPETITIONS, progress) as advance,
+        default_generators_kept(job.device),
+        torch.enable_grad(),
+        _without_data(job) if without_data else contextlib.nullcontext(job) as job,
+    ):
         try:
             chain = find_chain(job.model, job.forward, blocks)
-            state.set()
-            advance("bytes")
             with _zero_gradients(job.model):
-                with MemoryRecorder(device) as recorder:
-                    trace = _trace(job, chain, recorder.phase, generators, careful=True)
-                state.set()
-                times: dict[str, list[float]] = {}
-                for _ in range(_REPETITIONS):
-                    advance("times")
-                    timer = _Timer(device, times)
-                    _trace(job, chain, timer.phase, generators)
+                advance("bytes")
+                if without_data:
+                    with FakeRecorder() as recorder:
+                        trace = _trace(job, chain, recorder.phase, generators)
+                    times, frame = recorder.times, 0.0
+                    buffers = tuple(tuple(n for n, _ in m.named_buffers()) for m in chain.modules)
+                else:
                     state.set()
-            frame = _frame_seconds(device)
+                    with MemoryRecorder(job.device) as recorder:
+                        trace = _trace(job, chain, recorder.phase, generators, careful=True)
+                    state.set()
+                    times = {}
+                    for _ in range(_REPETITIONS):
+                        advance("times")
+                        _trace(job, chain, _Timer(job.device, times).phase, generators)
+                        state.set()
+                    frame, buffers = _frame_seconds(job.device), trace.buffers
         finally:
             state.set()
     usages = recorder.usages
@@ -143,12 +153,12 @@ def measure(
     gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
     profile = ChainProfile(
         (before, *seconds_alike, behind),
-        storage_bytes(static) + gradients + extra + _frame_bytes(chain, trace.buffers, device),
+        storage_bytes(static) + gradients + extra + _frame_bytes(chain, buffers, job.device),
         frame,
-        str(device),
+        str(job.device),
         signature_of([job.args, job.kwargs]),
     )
-    return Measured(profile, chain, trace.buffers)
+    return Measured(profile, chain, buffers)
 
 
 def _frame_bytes(chain: Chain, buffers: Sequence[Sequence[str]], device: torch.device) -> int:
@@ -194,6 +204,42 @@ def _fresh_state_bytes(
                 times = real.numel() / p.numel() if value.numel() == p.numel() and p.numel() else 1
                 total += int(value.numel() * value.element_size() * times)
     return total
+
+
+@contextlib.contextmanager
+def _without_data(job: Job) -> Iterator[Job]:
+    """The same step on fake tensors, which have no data; those of the device "meta" have none anyway."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    if job.device.type == "meta":
+        yield job
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[torch.Tensor, torch.Tensor] = {}
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        if isinstance(t, FakeTensor):
+            return t
+        if t not in made:
+            made[t] = mode.from_tensor(t, static_shapes=True)
+        return made[t]
+
+    places = [
+        (members, name, value)
+        for module in job.model.modules()
+        for members in (module._parameters, module._buffers)
+        for name, value in members.items()
+        if value is not None
+    ]
+    try:
+        for members, name, value in places:
+            members[name] = fake(value)
+        with mode:
+            args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, fake, (job.args, job.kwargs))
+            yield job._replace(args=args, kwargs=kwargs)
+    finally:
+        for members, name, value in places:
+            members[name] = value
 
 
 # ---- one step, block by block ----

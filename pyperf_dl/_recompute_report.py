@@ -53,8 +53,8 @@ def table_of(plan: Plan) -> str:
         f"{shown_bytes(chain.fixed_bytes)} are there all the time",
         f"predicted time {plan.predicted_time * 1e3:.1f} ms, {plan.predicted_time / plain - 1:+.1%} of that without "
         "recomputation" if plain else "predicted time 0 ms",
-        f"at most {shown_gap(schedule.gap)} above the best persistent schedule, {shown_gap(schedule.flat_gap)} above the best"
-        " one that runs each block at most twice" + ("" if schedule.complete else "; the search was cut short"),
+        f"at most {shown_gap(schedule.gap)} above the best persistent schedule, {shown_gap(schedule.flat_gap)} above"
+        f" the best one that runs each block at most twice{'' if schedule.complete else '; the search was cut short'}",
     ]  # fmt: skip
     return "\n".join([_columns(header, rows), *summary])
 
