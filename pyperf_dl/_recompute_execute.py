@@ -15,7 +15,8 @@ from ._autograd import _are_functorch_transforms_active
 from ._recompute_calls import Call, State, buffers_named, flatten, intercept, parameters_of, plain_call
 from ._recompute_chain import Node, Schedule
 
-Options = Sequence[Sequence[Callable[[], contextlib.AbstractContextManager] | None]]
+# For each block and option, of its index, the module and its inputs.
+Options = Sequence[Sequence[Callable[[int, nn.Module, Any], contextlib.AbstractContextManager] | None]]
 
 
 class Kept(NamedTuple):
@@ -183,8 +184,9 @@ class Executor:
 
     def _kept(self, item: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context = self.options[item.block][item.option] if self.options else None
-        with contextlib.nullcontext() if context is None else context():
-            return self._plain[self.modules[item.block]](*args, **kwargs)
+        module = self.modules[item.block]
+        with contextlib.nullcontext() if context is None else context(item.block, module, (args, kwargs)):
+            return self._plain[module](*args, **kwargs)
 
     def _segment(self, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
         frame = _Frame(self, segment, previous, outer)

@@ -16,7 +16,8 @@ from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
 from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
-from ._recompute_execute import Executor, items_of_model
+from ._recompute_execute import Executor, Options, items_of_model
+from ._recompute_offload import HostLink
 from ._recompute_profile import Measured, job_of, measure
 from ._recompute_report import plot_plan, shown_bytes, table_of
 from ._recompute_solver import least_budget, simulate, solve
@@ -60,6 +61,7 @@ def plan(
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
+    offload: bool | HostLink = False,
     on_new_shapes: str = "replan",
     time_limit: float | None = 10.0,
     progress: bool = False,
@@ -82,6 +84,7 @@ def plan(
         blocks: the name of a container, or names or modules in the order of the forward. None: the longest chain among
             the children of the model's ``nn.Sequential`` and ``nn.ModuleList``.
         generators: that the blocks draw from, beside the default ones.
+        offload: whether what a block saves may also wait in the host's pinned memory; CUDA, or a `HostLink`.
         on_new_shapes: what to do when the model gets inputs of other shapes in training: ``"replan"`` makes and keeps
             another plan with the same budget, ``"error"`` raises, ``"keep"`` goes on with this plan, whose budget then
             holds for inputs that are not larger.
@@ -112,7 +115,8 @@ def plan(
     job = job_of(model, inputs, loss_fn)
     if any(True for _ in _plans_of(model)):
         raise ValueError(f"{OP}: model runs a plan already; call its remove() first")
-    how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "progress": progress}
+    link = _link_of(offload, job.device)
+    how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "link": link, "progress": progress}
     measured = measure(job, **how)
     amount, schedule = _solved(measured.profile, budget, job.device, time_limit)
 
@@ -120,7 +124,21 @@ def plan(
         found = measure(job._replace(args=args, kwargs=kwargs), **how)
         return found, _solved(found.profile, amount, job.device, time_limit)[1]
 
-    return Plan(model, measured, schedule, amount, tuple(generators), on_new_shapes, again)
+    return Plan(model, measured, schedule, amount, tuple(generators), link, on_new_shapes, again)
+
+
+def _link_of(offload: bool | HostLink, device: torch.device) -> HostLink | None:
+    if isinstance(offload, HostLink):
+        if offload.device.type != device.type:
+            raise ValueError(
+                f"{OP}: offload must be a link of the model's device {device}, got one of {offload.device}"
+            )
+        return offload
+    if not isinstance(offload, bool):
+        raise TypeError(f"{OP}: offload must be a bool or a HostLink, got {type(offload).__name__}")
+    if offload and device.type != "cuda":
+        raise ValueError(f"{OP}: offload=True is for models on CUDA devices, got one on {device}")
+    return HostLink(device) if offload else None
 
 
 def profile(
@@ -216,11 +234,12 @@ class Plan:
         schedule: Schedule,
         budget: int,
         generators: tuple[torch.Generator, ...] = (),
+        link: HostLink | None = None,
         on_new_shapes: str = "keep",
         again: Callable[..., tuple[Measured, Schedule]] | None = None,
     ) -> None:
         self._model, self._measured, self.schedule, self.budget = model, measured, schedule, budget
-        self._generators, self._on_new_shapes, self._again = generators, on_new_shapes, again
+        self._generators, self._link, self._on_new_shapes, self._again = generators, link, on_new_shapes, again
         self._others: dict[str, tuple[Measured, Schedule]] = {}
         self._executor: Executor | None = None
         self._model_before: Any = None
@@ -289,10 +308,27 @@ class Plan:
             self._executor.detach()
         chain = measured.chain
         self._executor = Executor(
-            chain.modules, chain.names, chain.calls, items_of_model(schedule), measured.buffers, self._generators
+            chain.modules,
+            chain.names,
+            chain.calls,
+            items_of_model(schedule),
+            measured.buffers,
+            self._generators,
+            self._options(),
         )
         self._executor.attach()
         self._signature = measured.profile.signature
+
+    def _options(self) -> Options | None:
+        used = [
+            block.options[k].label for block, k in zip(self.profile.blocks, self.schedule.kept_options, strict=True)
+        ]
+        if "offload" in used and self._link is None:
+            self._link = HostLink(next(self._model.parameters()).device)
+        context = None if self._link is None else self._link.context
+        return [
+            [context if o.label == "offload" else None for o in block.options] for block in self.profile.blocks[1:-1]
+        ]
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_grad_enabled() and not _are_functorch_transforms_active():

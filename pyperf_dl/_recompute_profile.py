@@ -20,7 +20,6 @@ from ._recompute_calls import (
     buffers_named,
     buffers_of,
     default_generators_kept,
-    flatten,
     intercepted,
     plain_call,
     same_bits,
@@ -29,6 +28,7 @@ from ._recompute_calls import (
 )
 from ._recompute_chain import Block, ChainProfile, Option
 from ._recompute_memory import FakeRecorder, MemoryRecorder, storage_bytes
+from ._recompute_offload import HostLink, offload_seconds
 
 _BEFORE, _BEHIND = "before the blocks", "behind the blocks"
 _REPETITIONS = 3  # with the pass that finds the blocks, and that of bytes, five steps
@@ -106,6 +106,7 @@ def measure(
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
+    link: HostLink | None = None,
     without_data: bool = False,
     progress: bool = False,
 ) -> Measured:
@@ -131,12 +132,12 @@ def measure(
                 else:
                     state.set()
                     with MemoryRecorder(job.device) as recorder:
-                        trace = _trace(job, chain, recorder.phase, generators, careful=True)
+                        trace = _trace(job, chain, recorder.phase, generators, link, careful=True)
                     state.set()
                     times = {}
                     for _ in range(_REPETITIONS):
                         advance("times")
-                        _trace(job, chain, _Timer(job.device, times).phase, generators)
+                        _trace(job, chain, _Timer(job.device, times).phase, generators, link)
                         state.set()
                     frame, buffers = _frame_seconds(job.device), trace.buffers
         finally:
@@ -146,13 +147,15 @@ def measure(
     measured = [
         _block(chain.names[k], str(k), usages, seconds, trace.output_bytes[k], True) for k in range(len(chain.names))
     ]
-    seconds_alike = _averaged(measured, chain.modules)
+    alike = _averaged(measured, chain.modules)
+    if link is not None:
+        alike = _with_offload(alike, trace.sent_bytes, usages, link)
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
     behind = _block(_BEHIND, _BEHIND, usages, seconds, 0, False)
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
     gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
     profile = ChainProfile(
-        (before, *seconds_alike, behind),
+        (before, *alike, behind),
         storage_bytes(static) + gradients + extra + _frame_bytes(chain, buffers, job.device),
         frame,
         str(job.device),
@@ -249,14 +252,21 @@ class _Trace(NamedTuple):
     output_bytes: list[int]
     input_bytes: int  # of what the first block reads
     buffers: tuple[tuple[str, ...], ...]
+    sent_bytes: list[int]  # of each block, with a link
 
 
 def _trace(
-    job: Job, chain: Chain, phase: Callable[[str], Any], generators: Sequence[torch.Generator], careful: bool = False
+    job: Job,
+    chain: Chain,
+    phase: Callable[[str], Any],
+    generators: Sequence[torch.Generator],
+    link: HostLink | None = None,
+    careful: bool = False,
 ) -> _Trace:
     """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
     plain = {module: plain_call(module) for module in chain.modules}
     output_bytes: list[int] = []
+    sent_bytes: list[int] = []
     buffers: list[tuple[str, ...]] = []
     edges: list[Any] = []  # between what lies before the blocks, and the first one
     input_bytes = 0
@@ -275,7 +285,11 @@ def _trace(
             edges.extend((torch.autograd.graph.get_gradient_edge(t), _like(t)) for t in grads)
             input_bytes = storage_bytes(tensors_of([args, kwargs]))
         state = State(buffers_of(module), generators)
-        output = _measured_block(module, plain[module], args, kwargs, str(k), chain.names[k], phase, state, careful)
+        block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
+        output = block.measured(phase, state, careful)
+        if link is not None:
+            sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
+            sent_bytes.append(sent.nbytes)
         output_bytes.append(storage_bytes(tensors_of(output)))
         paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
         buffers.append(tuple(paths[m] + name for m, name in state.changed()) if careful else ())
@@ -306,56 +320,72 @@ def _trace(
     with phase(f"{_BEFORE}:backward"):
         if edges:
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges])
-    return _Trace(output_bytes, input_bytes, tuple(buffers))
+    return _Trace(output_bytes, input_bytes, tuple(buffers), sent_bytes)
 
 
-def _measured_block(
-    module: nn.Module,
-    run: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    label: str,
-    name: str,
-    phase: Callable[[str], Any],
-    state: State,
-    careful: bool,
-) -> Any:
-    """The output, cut off from its history."""
-    leaves, structure = flatten(args, kwargs)
-    cut = [
-        t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in leaves
-    ]  # fmt: skip
-    args, kwargs = torch.utils._pytree.tree_unflatten(cut, structure)
-    random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    with torch.autograd.graph.saved_tensors_hooks(_drop, _drop), phase(f"{label}:forward"):
-        output = run(*args, **kwargs)
-    values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
-    del output
-    if careful:
-        state.set()
-        torch.set_rng_state(random[0])
-        if random[1] is not None:
-            torch.cuda.set_rng_state_all(random[1])
-    with phase(f"{label}:history"):
-        output = run(*args, **kwargs)
-    if careful:
-        pairs = zip(tensors_of(values), tensors_of(output), strict=False)
-        if not all(same_bits(a, b) for a, b in pairs):
-            raise ValueError(
-                f"{OP}: block {name} gives another output when it runs again with the same input, parameters, buffers "
-                "and random numbers, so that its gradients would be wrong: it has a side effect, or an operator that "
-                "is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
-            )
-        del pairs
-    seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
-    edges = [torch.autograd.graph.get_gradient_edge(t) for t in seeded]
-    zeros = [_zeros(_like(t)) for t in seeded]
-    with phase(f"{label}:release"):
-        del output, seeded
-    with phase(f"{label}:backward"):
-        if edges:
-            torch.autograd.backward(edges, zeros)
-    return values
+class _CalledBlock:
+    """A block with the arguments of its call, cut off from their history."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        label: str,
+        name: str,
+    ) -> None:
+        self._args, self._kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, (args, kwargs))
+        self._run, self._label, self._name = run, label, name
+
+    def _call(self) -> Any:
+        return self._run(*self._args, **self._kwargs)
+
+    def measured(self, phase: Callable[[str], Any], state: State, careful: bool) -> Any:
+        """The output, cut off from its history. careful: both forwards must give the same."""
+        random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        with torch.autograd.graph.saved_tensors_hooks(_drop, _drop), phase(f"{self._label}:forward"):
+            output = self._call()
+        values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
+        del output
+        if careful:
+            state.set()
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state_all(random[1])
+        self.trained(phase, check=values if careful else None)
+        return values
+
+    def trained(
+        self,
+        phase: Callable[[str], Any],
+        context: Callable[[], Any] = contextlib.nullcontext,
+        option: str = "",
+        check: Any = None,
+    ) -> Any:
+        """A forward with history, and its backward; what the context gave."""
+        with phase(f"{self._label}{option}:history"), context() as given:
+            output = self._call()
+        if check is not None:
+            pairs = zip(tensors_of(check), tensors_of(output), strict=True)
+            if not all(same_bits(a, b) for a, b in pairs):
+                raise ValueError(
+                    f"{OP}: block {self._name} gives another output when it runs again with the same input, "
+                    "parameters, buffers and random numbers, so that its gradients would be wrong: it has a side effect, or an "
+                    "operator that is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
+                )
+            del pairs
+        seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
+        edges = [torch.autograd.graph.get_gradient_edge(t) for t in seeded]
+        zeros = [_zeros(_like(t)) for t in seeded]
+        with phase(f"{self._label}{option}:release"):
+            del output, seeded
+        with phase(f"{self._label}{option}:backward"):
+            if edges:
+                torch.autograd.backward(edges, zeros)
+        for t in tensors_of([self._args, self._kwargs]):
+            t.grad = None
+        return given
 
 
 class _Seed(torch.autograd.Function):
@@ -409,23 +439,45 @@ def _zero_gradients(model: nn.Module) -> Iterator[None]:
 def _block(
     name: str, label: str, usages: dict[str, Any], seconds: dict[str, float], output_bytes: int, recomputable: bool
 ) -> Block:
+    option = _option("keep", label, usages, seconds)
+    if not recomputable:
+        return Block(name, 0.0, output_bytes, output_bytes, (option,), False)
+    peak = max(usages[f"{label}:forward"].peak, output_bytes)
+    return Block(name, seconds[f"{label}:forward"], output_bytes, peak, (option,), recomputable)
+
+
+def _option(name: str, label: str, usages: dict[str, Any], seconds: dict[str, float]) -> Option:
     history, backward = usages[f"{label}:history"], usages[f"{label}:backward"]
+    released = usages[f"{label}:release"].after if f"{label}:release" in usages else 0
     saved = max(history.after, 0)
-    begin = saved + usages[f"{label}:release"].after if recomputable else saved
-    option = Option(
-        "keep",
+    return Option(
+        name,
         seconds[f"{label}:history"],
         seconds[f"{label}:backward"],
         saved,
         max(history.peak, saved),
-        max(begin + backward.peak, 0),
+        max(saved + released + backward.peak, 0),
     )
-    if not recomputable:
-        return Block(name, 0.0, output_bytes, output_bytes, (option,), False)
-    forward = usages[f"{label}:forward"]
-    return Block(
-        name, seconds[f"{label}:forward"], output_bytes, max(forward.peak, output_bytes), (option,), recomputable
-    )
+
+
+def _with_offload(
+    blocks: Sequence[Block], sent_bytes: Sequence[int], usages: dict[str, Any], link: HostLink
+) -> list[Block]:
+    """One more option each: what it saves is on the host between forward and backward. While a block's backward runs,
+    what the block before sent may come back."""
+    made = []
+    for k, (block, sent) in enumerate(zip(blocks, sent_bytes, strict=True)):
+        keep = block.options[0]
+        offload = _option("offload", f"{k}:offload", usages, dict.fromkeys(_phases(k), 0.0))
+        forward, backward = offload_seconds(link, sent, keep.forward, keep.backward)
+        peak = max(offload.backward_peak, keep.backward_peak) + max(sent_bytes)
+        offload = offload._replace(forward=forward, backward=backward, backward_peak=peak)
+        made.append(block._replace(options=(keep, offload)) if sent else block)
+    return made
+
+
+def _phases(k: int) -> tuple[str, str]:
+    return f"{k}:offload:history", f"{k}:offload:backward"
 
 
 def _averaged(blocks: Sequence[Block], modules: Sequence[nn.Module]) -> list[Block]:

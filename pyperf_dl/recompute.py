@@ -15,12 +15,13 @@ import torch
 
 from ._recompute_chain import Block, ChainProfile, Event, Node, Option, Schedule, Timeline
 from ._recompute_memory import peak_memory
+from ._recompute_offload import HostLink
 from ._recompute_plan import Plan, full_peak, pareto, plan, profile
 from ._recompute_report import plot_pareto, shown_bytes
 from ._recompute_solver import least_budget, simulate, solve
 
 __all__ = [
-    "Block", "ChainProfile", "Event", "Node", "Option", "Plan", "Schedule", "Timeline",
+    "Block", "ChainProfile", "Event", "HostLink", "Node", "Option", "Plan", "Schedule", "Timeline",
     "full_peak", "least_budget", "pareto", "peak_memory", "plan", "plot_pareto", "profile", "simulate", "solve",
 ]  # fmt: skip
 
