@@ -151,7 +151,7 @@ def measure(
     if link is not None:
         alike = _with_offload(alike, trace.sent_bytes, usages, link)
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
-    behind = _block(_BEHIND, _BEHIND, usages, seconds, 0, False)
+    behind = _block(_BEHIND, _BEHIND, usages, seconds, trace.loss_bytes, False)
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
     gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
     profile = ChainProfile(
@@ -253,6 +253,7 @@ class _Trace(NamedTuple):
     input_bytes: int  # of what the first block reads
     buffers: tuple[tuple[str, ...], ...]
     sent_bytes: list[int]  # of each block, with a link
+    loss_bytes: int  # and its gradient's, which are there until the backward is over
 
 
 def _trace(
@@ -311,6 +312,7 @@ def _trace(
         )
     if not loss.requires_grad:
         raise ValueError(f"{OP}: the loss must depend on parameters that need gradients")
+    loss_bytes = 2 * loss.element_size()
     with phase(f"{_BEHIND}:backward"):
         loss.backward()
     del loss
@@ -320,7 +322,7 @@ def _trace(
     with phase(f"{_BEFORE}:backward"):
         if edges:
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges])
-    return _Trace(output_bytes, input_bytes, tuple(buffers), sent_bytes)
+    return _Trace(output_bytes, input_bytes, tuple(buffers), sent_bytes, loss_bytes)
 
 
 class _CalledBlock:
@@ -371,8 +373,8 @@ class _CalledBlock:
             if not all(same_bits(a, b) for a, b in pairs):
                 raise ValueError(
                     f"{OP}: block {self._name} gives another output when it runs again with the same input, "
-                    "parameters, buffers and random numbers, so that its gradients would be wrong: it has a side effect, or an "
-                    "operator that is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
+                    "parameters, buffers and random numbers, so that its gradients would be wrong: it has a side effect, "
+                    "or an operator that is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
                 )
             del pairs
         seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
