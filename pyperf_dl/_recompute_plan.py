@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
 from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
-from ._recompute_execute import Executor, Options, items_of_model
+from ._recompute_execute import Executor, Options, Segment, frame_bytes, items_of_model
 from ._recompute_offload import HostLink
 from ._recompute_profile import Measured, job_of, measure
 from ._recompute_report import plot_plan, shown_bytes, table_of
@@ -25,6 +26,8 @@ from ._recompute_solver import least_budget, simulate, solve
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
+_TRIES = 3
+_SLACK = 1024  # bytes, for scalars that a step holds
 _ON_NEW_SHAPES = ("replan", "error", "keep")
 
 
@@ -118,11 +121,11 @@ def plan(
     link = _link_of(offload, job.device)
     how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "link": link, "progress": progress}
     measured = measure(job, **how)
-    amount, schedule = _solved(measured.profile, budget, job.device, time_limit)
+    amount, schedule = _solved(measured, budget, job.device, time_limit)
 
     def again(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Measured, Schedule]:
         found = measure(job._replace(args=args, kwargs=kwargs), **how)
-        return found, _solved(found.profile, amount, job.device, time_limit)[1]
+        return found, _solved(found, amount, job.device, time_limit)[1]
 
     return Plan(model, measured, schedule, amount, tuple(generators), link, on_new_shapes, again)
 
@@ -205,10 +208,41 @@ def full_peak(chain: ChainProfile) -> int:
 
 
 def _solved(
-    chain: ChainProfile, budget: int | str, device: torch.device, time_limit: float | None
+    measured: Measured, budget: int | str, device: torch.device, time_limit: float | None
 ) -> tuple[int, Schedule]:
-    amount = budget_bytes(budget, full_peak(chain), device)
-    return amount, solve(chain, amount, time_limit=time_limit)
+    """The budget in bytes, and a schedule that fits in it with what its segments hold to be run again."""
+    chain = measured.profile
+    amount, held = budget_bytes(budget, full_peak(chain), device), 0
+    for _ in range(_TRIES):
+        try:
+            schedule = solve(chain, amount - held, time_limit=time_limit)
+        except ValueError:
+            break
+        needed = _held_bytes(measured, schedule)
+        if schedule.predicted_peak + needed <= amount:
+            return amount, dataclasses.replace(schedule, predicted_peak=schedule.predicted_peak + needed)
+        held = max(needed, held + 1)
+    least, block = least_budget(chain)
+    schedule = solve(chain, least, time_limit=time_limit)
+    least += _held_bytes(measured, schedule)
+    if least <= amount:
+        return amount, dataclasses.replace(schedule, predicted_peak=least)
+    raise ValueError(
+        f"{OP}: budget must be at least {least} bytes ({shown_bytes(least)}), which block "
+        f"{chain.blocks[block].name} needs, got {budget!r} ({amount} bytes)"
+    )
+
+
+def _held_bytes(measured: Measured, schedule: Schedule) -> int:
+    """Of the state of the CPU's generator and of buffers that blocks change, for each segment."""
+    random = torch.get_rng_state().nbytes if measured.profile.device == "cpu" else 0
+
+    def own(segment: Segment) -> int:
+        return random + sum(measured.state_bytes[segment.first : segment.end])
+
+    items = items_of_model(schedule)
+    # One that has run is released a little after the next one has begun.
+    return frame_bytes(items, own) + max((own(i) for i in items if isinstance(i, Segment)), default=0) + _SLACK
 
 
 def _plans_of(model: nn.Module) -> Any:
@@ -372,7 +406,7 @@ class Plan:
         )
         chain = Chain((), tuple(data["names"]), calls, tuple(data["parameters"]))
         buffers = tuple(tuple(names) for names in data["buffers"])
-        measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers)
+        measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers, tuple(data["state_bytes"]))
         return cls(None, measured, Schedule.from_json(data["schedule"]), data["budget"])
 
     def _to_json(self) -> dict[str, Any]:
@@ -393,6 +427,7 @@ class Plan:
             ],
             "parameters": list(chain.parameters),
             "buffers": [list(names) for names in self._measured.buffers],
+            "state_bytes": list(self._measured.state_bytes),
             "profile": self.profile.to_json(),
             "schedule": self.schedule.to_json(),
         }

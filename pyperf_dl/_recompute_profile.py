@@ -40,6 +40,7 @@ class Measured(NamedTuple):
     profile: ChainProfile
     chain: Chain
     buffers: tuple[tuple[str, ...], ...]  # names of those that each block changes
+    state_bytes: tuple[int, ...]  # of these
 
 
 class Job(NamedTuple):
@@ -156,20 +157,13 @@ def measure(
     gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
     profile = ChainProfile(
         (before, *alike, behind),
-        storage_bytes(static) + gradients + extra + _frame_bytes(chain, buffers, job.device),
+        storage_bytes(static) + gradients + extra,
         frame,
         str(job.device),
         signature_of([job.args, job.kwargs]),
     )
-    return Measured(profile, chain, buffers)
-
-
-def _frame_bytes(chain: Chain, buffers: Sequence[Sequence[str]], device: torch.device) -> int:
-    """The most that segments hold to be run again: the state of the CPU's generator, and buffers that blocks change,
-    those of the forward and, while it runs again, those of now."""
-    pairs = zip(chain.modules, buffers, strict=True)
-    changed = sum(storage_bytes(m._buffers[n] for m, n in buffers_named(module, names)) for module, names in pairs)
-    return 2 * changed + (len(buffers) * torch.get_rng_state().nbytes if device.type == "cpu" else 0)
+    changed = (buffers_named(m, names) for m, names in zip(chain.modules, buffers, strict=True))
+    return Measured(profile, chain, buffers, tuple(storage_bytes(m._buffers[n] for m, n in c) for c in changed))
 
 
 def optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | int | None) -> int:
@@ -373,8 +367,9 @@ class _CalledBlock:
             if not all(same_bits(a, b) for a, b in pairs):
                 raise ValueError(
                     f"{OP}: block {self._name} gives another output when it runs again with the same input, "
-                    "parameters, buffers and random numbers, so that its gradients would be wrong: it has a side effect, "
-                    "or an operator that is not deterministic (torch.use_deterministic_algorithms); leave it out of blocks"
+                    "parameters, buffers and random numbers, so that its gradients would be wrong: it has a side "
+                    "effect, or an operator that is not deterministic (see torch.use_deterministic_algorithms); leave "
+                    "it out of blocks"
                 )
             del pairs
         seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
