@@ -109,10 +109,10 @@ class State:
 
     Args:
         buffers: (module, name) of those that change.
-        generators: beside the default ones.
+        generators: all that may be drawn from.
     """
 
-    def __init__(self, buffers: Sequence[tuple[nn.Module, str]], generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(self, buffers: Sequence[tuple[nn.Module, str]], generators: Sequence[torch.Generator]) -> None:
         self.buffers, self.generators = tuple(buffers), tuple(generators)
         self._objects = [module._buffers[name] for module, name in self.buffers]
         self._values = [None if b is None else b.detach().clone() for b in self._objects]
@@ -130,6 +130,16 @@ class State:
             torch._foreach_copy_(kept, values)
         for generator, state in zip(self.generators, self._states, strict=True):
             generator.set_state(state)
+
+    def drew(self) -> bool:
+        """Whether a generator is not as it was. Those that are, are forgotten."""
+        moved = [
+            (generator, state)
+            for generator, state in zip(self.generators, self._states, strict=True)
+            if not torch.equal(generator.get_state(), state)
+        ]
+        self.generators, self._states = tuple(g for g, _ in moved), [state for _, state in moved]
+        return bool(moved)
 
     def changed(self) -> list[tuple[nn.Module, str]]:
         """The buffers that are not as they were."""
@@ -163,9 +173,8 @@ def parameters_of(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
 
 
-@contextlib.contextmanager
-def default_generators_kept(device: torch.device) -> Iterator[None]:
-    """Random numbers go on afterwards as if nothing had been drawn."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+def generators_of(device: torch.device, named: Sequence[torch.Generator]) -> tuple[torch.Generator, ...]:
+    """The default ones, and those."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    own = [torch.cuda.default_generators[index]] if device.type == "cuda" and torch.cuda.is_initialized() else []
+    return tuple(dict.fromkeys([torch.default_generator, *own, *named]))

@@ -87,7 +87,7 @@ class Executor:
         calls: how the model calls them.
         items: what they do in a row.
         buffers: names of those that each block changes.
-        generators: beside the default ones.
+        generators: that the blocks may draw from.
         options: for each block and option a context in which it runs, or None.
     """
 
@@ -98,7 +98,7 @@ class Executor:
         calls: Sequence[Call],
         items: Sequence[Kept | Segment],
         buffers: Sequence[Sequence[str]],
-        generators: Sequence[torch.Generator] = (),
+        generators: Sequence[torch.Generator],
         options: Options | None = None,
     ) -> None:
         self.modules, self.names, self.calls = tuple(modules), tuple(names), tuple(calls)
@@ -198,7 +198,7 @@ class Executor:
 
     def _segment(self, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
         frame = _Frame(self, segment, previous, outer)
-        return checkpoint(frame, *frame.tensors(previous, outer), use_reentrant=False)
+        return checkpoint(frame, *frame.tensors(previous, outer), use_reentrant=False, preserve_rng_state=False)
 
     def run_items(self, items: Sequence[Kept | Segment], previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
         output = None
@@ -243,8 +243,10 @@ class _Frame:
         run = self._executor.run_items
         if self._state is None:
             self._state, self._parameters = self._now(), self._current_parameters()
-            return run(self._segment.items, previous, outer)
-        now = self._now()
+            output = run(self._segment.items, previous, outer)
+            self._state.drew()
+            return output
+        now = State(self._state.buffers, self._state.generators)
         self._state.set()
         try:
             with _parameters_set(self._parameters):

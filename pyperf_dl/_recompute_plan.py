@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
-from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
+from ._recompute_calls import OP, Call, Leaf, generators_of, intercept, is_intercepted, plain_call, signature_of
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
 from ._recompute_execute import Executor, Options, Segment, frame_bytes, items_of_model
 from ._recompute_offload import HostLink
@@ -26,6 +26,7 @@ from ._recompute_solver import least_budget, simulate, solve
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
+_STATE = ("state_bytes", "draws", "random_bytes")
 _TRIES = 3
 _SLACK = 1024  # bytes, for scalars that a step holds
 _ON_NEW_SHAPES = ("replan", "error", "keep")
@@ -234,15 +235,16 @@ def _solved(
 
 
 def _held_bytes(measured: Measured, schedule: Schedule) -> int:
-    """Of the state of the CPU's generator and of buffers that blocks change, for each segment."""
-    random = torch.get_rng_state().nbytes if measured.profile.device == "cpu" else 0
+    """The most that segments hold to be run again: buffers that blocks change, and states of generators."""
 
     def own(segment: Segment) -> int:
-        return random + sum(measured.state_bytes[segment.first : segment.end])
+        blocks = slice(segment.first, segment.end)
+        return sum(measured.state_bytes[blocks]) + measured.random_bytes * any(measured.draws[blocks])
 
     items = items_of_model(schedule)
-    # One that has run is released a little after the next one has begun.
-    return frame_bytes(items, own) + max((own(i) for i in items if isinstance(i, Segment)), default=0) + _SLACK
+    # One that has run is released a little after the next one has begun, which looks at all generators.
+    last = max((own(item) for item in items if isinstance(item, Segment)), default=0)
+    return frame_bytes(items, own) + last + 2 * measured.random_bytes + _SLACK
 
 
 def _plans_of(model: nn.Module) -> Any:
@@ -347,7 +349,7 @@ class Plan:
             chain.calls,
             items_of_model(schedule),
             measured.buffers,
-            self._generators,
+            generators_of(next(self._model.parameters()).device, self._generators),
             self._options(),
         )
         self._executor.attach()
@@ -406,7 +408,7 @@ class Plan:
         )
         chain = Chain((), tuple(data["names"]), calls, tuple(data["parameters"]))
         buffers = tuple(tuple(names) for names in data["buffers"])
-        measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers, tuple(data["state_bytes"]))
+        measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers, **{k: data[k] for k in _STATE})
         return cls(None, measured, Schedule.from_json(data["schedule"]), data["budget"])
 
     def _to_json(self) -> dict[str, Any]:
@@ -427,7 +429,7 @@ class Plan:
             ],
             "parameters": list(chain.parameters),
             "buffers": [list(names) for names in self._measured.buffers],
-            "state_bytes": list(self._measured.state_bytes),
+            **{k: getattr(self._measured, k) for k in _STATE},
             "profile": self.profile.to_json(),
             "schedule": self.schedule.to_json(),
         }

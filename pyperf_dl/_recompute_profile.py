@@ -19,7 +19,7 @@ from ._recompute_calls import (
     State,
     buffers_named,
     buffers_of,
-    default_generators_kept,
+    generators_of,
     intercepted,
     plain_call,
     same_bits,
@@ -41,6 +41,8 @@ class Measured(NamedTuple):
     chain: Chain
     buffers: tuple[tuple[str, ...], ...]  # names of those that each block changes
     state_bytes: tuple[int, ...]  # of these
+    draws: tuple[bool, ...]  # whether each block draws random numbers
+    random_bytes: int  # of the generators' states, where they lie on the device
 
 
 class Job(NamedTuple):
@@ -106,7 +108,7 @@ def measure(
     *,
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[torch.Generator],
     link: HostLink | None = None,
     without_data: bool = False,
     progress: bool = False,
@@ -114,10 +116,10 @@ def measure(
     """Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
     buffers and gradients, and the generators are left as they were."""
     extra = optimizer_bytes(job.model, optimizer)
+    generators = generators_of(job.device, generators)
     state = State(buffers_of(job.model), generators)
     with (
         _progress(2 + _REPETITIONS, progress) as advance,
-        default_generators_kept(job.device),
         torch.enable_grad(),
         _without_data(job) if without_data else contextlib.nullcontext(job) as job,
     ):
@@ -162,8 +164,16 @@ def measure(
         str(job.device),
         signature_of([job.args, job.kwargs]),
     )
+    random_bytes = sum(g.get_state().nbytes for g in generators) if job.device.type == "cpu" else 0
     changed = (buffers_named(m, names) for m, names in zip(chain.modules, buffers, strict=True))
-    return Measured(profile, chain, buffers, tuple(storage_bytes(m._buffers[n] for m, n in c) for c in changed))
+    return Measured(
+        profile,
+        chain,
+        buffers,
+        tuple(storage_bytes(m._buffers[n] for m, n in c) for c in changed),
+        tuple(trace.draws),
+        random_bytes,
+    )
 
 
 def optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | int | None) -> int:
@@ -246,6 +256,7 @@ class _Trace(NamedTuple):
     output_bytes: list[int]
     input_bytes: int  # of what the first block reads
     buffers: tuple[tuple[str, ...], ...]
+    draws: list[bool]  # whether each block draws random numbers
     sent_bytes: list[int]  # of each block, with a link
     loss_bytes: int  # and its gradient's, which are there until the backward is over
 
@@ -262,6 +273,7 @@ def _trace(
     plain = {module: plain_call(module) for module in chain.modules}
     output_bytes: list[int] = []
     sent_bytes: list[int] = []
+    draws: list[bool] = []
     buffers: list[tuple[str, ...]] = []
     edges: list[Any] = []  # between what lies before the blocks, and the first one
     input_bytes = 0
@@ -288,6 +300,7 @@ def _trace(
         output_bytes.append(storage_bytes(tensors_of(output)))
         paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
         buffers.append(tuple(paths[m] + name for m, name in state.changed()) if careful else ())
+        draws.append(block.draws)
         if k + 1 == len(chain.modules):
             last.extend(t for t in tensors_of(output) if t.requires_grad)
             held.extend([args, kwargs])
@@ -316,11 +329,13 @@ def _trace(
     with phase(f"{_BEFORE}:backward"):
         if edges:
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges])
-    return _Trace(output_bytes, input_bytes, tuple(buffers), sent_bytes, loss_bytes)
+    return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes)
 
 
 class _CalledBlock:
-    """A block with the arguments of its call, cut off from their history."""
+    """A block with the arguments of its call, cut off from their history; `draws`: whether it draws random numbers."""
+
+    draws = False
 
     def __init__(
         self,
@@ -339,16 +354,13 @@ class _CalledBlock:
 
     def measured(self, phase: Callable[[str], Any], state: State, careful: bool) -> Any:
         """The output, cut off from its history. careful: both forwards must give the same."""
-        random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         with torch.autograd.graph.saved_tensors_hooks(_drop, _drop), phase(f"{self._label}:forward"):
             output = self._call()
         values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
         del output
         if careful:
+            self.draws = state.drew()
             state.set()
-            torch.set_rng_state(random[0])
-            if random[1] is not None:
-                torch.cuda.set_rng_state_all(random[1])
         self.trained(phase, check=values if careful else None)
         return values
 
