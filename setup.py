@@ -193,7 +193,15 @@ def extensions():
         host,
         include_dirs=[pybind11.get_include()],
         define_macros=[(name, json.dumps(value)) for name, value in facts.items()],
-        extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}=."],
+        depends=headers,
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+            "-g0",
+            f"-ffile-prefix-map={ROOT}=.",
+        ],
         extra_link_args=["-s"],
         language="c++",
     )

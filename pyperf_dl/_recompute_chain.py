@@ -189,6 +189,12 @@ class Node(NamedTuple):
     option: int = 0
 
 
+def _above(seconds: float, bound: float) -> float:
+    if seconds <= bound:
+        return 0.0
+    return seconds / bound - 1 if bound else float("inf")
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A persistent schedule of a chain: what is kept, what is run again.
@@ -213,12 +219,12 @@ class Schedule:
     @property
     def gap(self) -> float:
         """How much longer than any persistent schedule this may take, as a part of that."""
-        return max(0.0, self.predicted_time / self.bound - 1) if self.bound else float("inf")
+        return _above(self.predicted_time, self.bound)
 
     @property
     def flat_gap(self) -> float:
         """The same against schedules that run each block at most twice."""
-        return max(0.0, self.predicted_time / self.flat_bound - 1) if self.flat_bound else float("inf")
+        return _above(self.predicted_time, self.flat_bound)
 
     @property
     def replays(self) -> tuple[int, ...]:

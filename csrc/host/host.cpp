@@ -1,6 +1,8 @@
 // Host-side helpers that need neither torch nor a device.
 #include <pybind11/pybind11.h>
 
+#include "recompute_bindings.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -20,4 +22,5 @@ py::dict build_facts() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side helpers of pyperf_dl that need neither torch nor a device.";
   m.def("build_facts", &build_facts, "What this installation was built with: versions and CUDA architectures.");
+  pyperf::recompute::bind(m.def_submodule("recompute", "Schedules of activation recompute."));
 }
