@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -216,6 +217,8 @@ class _Native(_Search):
         self.native = _native()
         self.chain = _chain(self.native, self.profile)
         self.stopped = ""
+        saved = Counter(block.options[0].saved_bytes for block in self.profile.blocks)
+        self.repeats = list(saved.items()) if 16 * len(saved) < len(self.profile) else []
 
     def cost(self, nodes: Any) -> tuple[int, float]:
         return self.native.cost(self.chain, nodes)
@@ -243,6 +246,9 @@ class _Native(_Search):
     def slots(self, count: int) -> tuple[int, int, int]:
         """Bytes of a slot, slots of the budget, and how far a table has to go that rounds to nearest."""
         size = max(1, -(-self.available // count))
+        if self.repeats:  # sizes that come again and again should be whole slots
+            sizes = range(size, 2 * size, -(-size // 64))
+            size = min(sizes, key=lambda size: sum(n * (saved % size) for saved, n in self.repeats) / size)
         budget = self.available // size
         margin = 0 if size == 1 else 1 + min(len(self.profile) // 2, budget // 16)
         return size, budget, budget + margin
@@ -262,8 +268,8 @@ class _Native(_Search):
             if method == "auto":
                 self.bounds()
                 self.nested(math.inf)
-        elif self.gap > _GAP or len(self.profile) <= _EXACT_BLOCKS:
-            self.nested(_WORK)
+        elif len(self.profile) <= _EXACT_BLOCKS or self.gap > _GAP and self.flat_bound > self.bound * (1 + _GAP / 2):
+            self.nested(_WORK)  # else the gap is that of the slots, not of the schedules
         if method == "exact":
             self.exact(math.inf)
         if method == "slots":
@@ -287,6 +293,8 @@ class _Native(_Search):
         blocks = len(self.profile)
         # Rounding loses up to half a slot for each block that is kept.
         wanted = 4096 if blocks <= _EXACT_BLOCKS else min(8192 + 16 * blocks, 24576)
+        if self.repeats:
+            wanted //= 2
         return min(wanted, int(self.memory_limit / (4.5 * (blocks + 1))))
 
     def bounds(self) -> None:

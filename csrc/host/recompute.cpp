@@ -241,6 +241,54 @@ struct Spine::Left {
   }
 };
 
+// What blocks 0, ..., s - 1 cost at least where they hold at most so many slots in the end: for every price of a slot,
+// what they cost at least when they pay for their slots, less the price of all slots.
+class Spine::Prices {
+ public:
+  Prices(const Chain& chain, Slots slots, int64_t top, double most_extra) : most_extra_(most_extra), top_(top) {
+    if (most_extra == std::numeric_limits<double>::infinity()) return;
+    // The price that tells most is where their bound for the whole chain is highest; the bound is concave in the price.
+    double low = 0, high = 64 * most_extra / static_cast<double>(top + 1);
+    for (int i = 0; i < 40; i++) {
+      const double a = low + (high - low) / 3, b = high - (high - low) / 3;
+      const auto bound = [&](double price) { return line(chain, slots, price).back() - price * static_cast<double>(top); };
+      (bound(a) < bound(b) ? low : high) = bound(a) < bound(b) ? a : b;
+    }
+    for (double part : {0.5, 0.75, 0.9, 1.0, 1.1, 1.35, 2.0})
+      lines_.emplace_back(low * part, line(chain, slots, low * part));
+  }
+  // For each m what blocks s, ... may cost in m slots that is of use when all may cost `most_extra`; a little more, for
+  // rounding.
+  void most(int s, std::vector<float>& most) const {
+    const double extra = most_extra_ * (1 + 1e-4);
+    std::fill(most.begin(), most.end(), static_cast<float>(extra));
+    for (const auto& [price, sums] : lines_) {
+      const auto start = static_cast<float>(extra - sums[s] + price * static_cast<double>(top_));
+      const auto step = static_cast<float>(price);
+      for (int m = 0; m <= static_cast<int>(top_); m++) most[m] = std::min(most[m], start - step * static_cast<float>(m));
+    }
+  }
+
+ private:
+  static std::vector<double> line(const Chain& chain, Slots slots, double price) {
+    std::vector<double> sums{0};
+    double running = std::numeric_limits<double>::infinity();  // inside a segment that runs again
+    for (const Block& block : chain.blocks) {
+      running = block.recomputable ? std::min(running, sums.back() + chain.frame_seconds) + block.forward
+                                   : std::numeric_limits<double>::infinity();
+      double least = running + price * static_cast<double>(slots.of(block.output));
+      for (const Option& o : block.options)
+        least = std::min(least, sums.back() + o.extra + price * static_cast<double>(slots.of(o.saved)));
+      sums.push_back(least);
+    }
+    return sums;
+  }
+
+  double most_extra_;
+  int64_t top_;
+  std::vector<std::pair<double, std::vector<double>>> lines_;
+};
+
 Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Progress& progress, double most_extra)
     : chain_(chain), slots_(slots), top_(top) {
   const auto& blocks = chain.blocks;
@@ -271,19 +319,24 @@ Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Pr
     levels_.erase(std::unique(levels_.begin(), levels_.end()), levels_.end());
   }
 
-  values_.assign(static_cast<size_t>(length + 1) * (top + 1), static_cast<float>(most_extra));
-  std::fill_n(row(length), top + 1, 0.0f);
-  std::vector<int64_t> first(length + 1, 0);
+  values_.assign(static_cast<size_t>(length + 1) * (top + 1), 0);
+  std::vector<float> most(top + 1);
+  // Only between these a row holds less than `most`.
+  std::vector<int64_t> first(length + 1, 0), last(length + 1, top);
   const int64_t gradient = blocks.back().output;
   const auto none = [](int64_t) { return 0.0f; };
+  const Prices before(chain, slots, top, most_extra);
   for (int s = length - 1; s >= 0; s--) {
     float* best = row(s);
-    int64_t done = top / 8;
+    before.most(s, most);
+    std::copy(most.begin(), most.end(), best);
+    int64_t done = top;
     for (const Option& o : blocks[s].options) {
       const int64_t shift = s + 1 < length ? slots.of(o.saved) : 0;
       const int64_t low = std::max(slots.of(entry_peak(o, gradient)), shift + first[s + 1]);
-      if (low <= top)
-        done += relax(best + low, row(s + 1) + (low - shift), static_cast<float>(o.extra), none, top + 1 - low);
+      const int64_t high = std::min(top, shift + last[s + 1]);
+      if (low <= high)
+        done += relax(best + low, row(s + 1) + (low - shift), static_cast<float>(o.extra), none, high + 1 - low);
     }
     Left left;
     left.levels.resize(levels_.size());
@@ -300,14 +353,15 @@ Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Pr
       const int64_t low = std::max(slots.of(run), shift + first[j]);
       done += 20;
       if (slots.of(run) >= end) break;
+      const int64_t high = std::min(end, shift + last[j] + 1);
       const float* right = row(j) - shift;
       if (segments == Segments::kept) {
         bool possible = false;
         for (const Left::Level& level : left.levels) {
           possible |= slots.of(std::max(level.forward, level.backward)) < end;
           const int64_t begin = std::max(low, slots.of(level.need(input)));
-          if (begin < end)
-            done += relax(best + begin, right + begin, static_cast<float>(again + level.extra), none, end - begin);
+          if (begin < high)
+            done += relax(best + begin, right + begin, static_cast<float>(again + level.extra), none, high - begin);
         }
         if (!possible) break;
         continue;
@@ -319,18 +373,19 @@ Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Pr
       const int64_t begin = std::max(low, slots.of(any ? left.largest : left.floor.need(input)));
       const double price = any ? left.any_price : left.keep_price;
       if (!any && slots.of(std::max(left.floor.forward, left.floor.backward)) >= end) break;
-      if (begin >= end) continue;
+      if (begin >= high) continue;
       // m slots of the rounded problem may be up to m + 1 in bytes.
-      const int64_t middle = std::clamp(left.full / slots.bytes, begin, end);
+      const int64_t middle = std::clamp(left.full / slots.bytes, begin, high);
       if (middle > begin && price < std::numeric_limits<double>::infinity()) {
         const auto lack = static_cast<float>(price * static_cast<double>(left.full - (begin + 1) * slots.bytes));
         const auto step = static_cast<float>(price * static_cast<double>(slots.bytes));
         const auto lacking = [=](int64_t i) { return std::max(lack - step * static_cast<float>(i), 0.0f); };
         done += relax(best + begin, right + begin, c, lacking, middle - begin);
       }
-      if (middle < end) done += relax(best + middle, right + middle, c, none, end - middle);
+      if (middle < high) done += relax(best + middle, right + middle, c, none, high - middle);
     }
-    while (first[s] <= top && best[first[s]] == kInfinity) first[s]++;
+    while (first[s] <= top && !(best[first[s]] < most[first[s]])) first[s]++;
+    while (last[s] >= 0 && !(best[last[s]] < most[last[s]])) last[s]--;
     progress.work(done);
   }
 }

@@ -6,6 +6,7 @@
 // All tables hold extra time: what lies above one cheapest forward with history and one backward of each block.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -140,7 +141,7 @@ class Spine {
     kept_bound,  // not above the extra time of any flat schedule
     any_bound,   // not above the extra time of any persistent schedule
   };
-  // A bound is found up to `most_extra`, the extra time of a schedule that is known.
+  // Values are found up to `most_extra`, the extra time of a schedule that is known; what is above stays above.
   Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Progress& progress,
         double most_extra = std::numeric_limits<double>::infinity());
   int64_t top() const { return top_; }
@@ -149,6 +150,7 @@ class Spine {
 
  private:
   struct Left;
+  class Prices;
   const float* row(int s) const { return values_.data() + static_cast<size_t>(s) * (top_ + 1); }
   float* row(int s) { return values_.data() + static_cast<size_t>(s) * (top_ + 1); }
 
