@@ -189,7 +189,8 @@ class Node(NamedTuple):
     option: int = 0
 
 
-def _above(seconds: float, bound: float) -> float:
+def relative_gap(seconds: float, bound: float) -> float:
+    """How much longer than a lower bound something takes, as a part of that; infinite above a bound of 0."""
     if seconds <= bound:
         return 0.0
     return seconds / bound - 1 if bound else float("inf")
@@ -219,12 +220,12 @@ class Schedule:
     @property
     def gap(self) -> float:
         """How much longer than any persistent schedule this may take, as a part of that."""
-        return _above(self.predicted_time, self.bound)
+        return relative_gap(self.predicted_time, self.bound)
 
     @property
     def flat_gap(self) -> float:
         """The same against schedules that run each block at most twice."""
-        return _above(self.predicted_time, self.flat_bound)
+        return relative_gap(self.predicted_time, self.flat_bound)
 
     @property
     def replays(self) -> tuple[int, ...]:

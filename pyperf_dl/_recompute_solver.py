@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import _backend, _checks
-from ._recompute_chain import Block, ChainProfile, Event, Node, Schedule, Timeline
+from ._recompute_chain import Block, ChainProfile, Event, Node, Schedule, Timeline, relative_gap
 from .reference import recompute as _reference
 
 METHODS = ("auto", "flat", "slots", "exact")
@@ -236,7 +236,7 @@ class _Native(_Search):
 
     @property
     def gap(self) -> float:
-        return self.seconds / self.bound - 1 if self.bound else math.inf * (self.seconds > 0)
+        return relative_gap(self.seconds, self.bound)
 
     @property
     def extra(self) -> float:
@@ -246,9 +246,11 @@ class _Native(_Search):
     def slots(self, count: int) -> tuple[int, int, int]:
         """Bytes of a slot, slots of the budget, and how far a table has to go that rounds to nearest."""
         size = max(1, -(-self.available // count))
-        if self.repeats:  # sizes that come again and again should be whole slots
-            sizes = range(size, 2 * size, -(-size // 64))
-            size = min(sizes, key=lambda size: sum(n * (saved % size) for saved, n in self.repeats) / size)
+        if self.repeats and size > 1:  # larger ones that nearly divide what equal blocks keep lose less
+            larger = {s // i for s, _ in self.repeats for i in range(1 + s // (4 * size), 1 + s // size)}
+            lost = {other: sum(n * (s % other) for s, n in self.repeats) for other in larger | {size}}
+            enough = max(min(lost.values()), 3e-4 * sum(n * s for s, n in self.repeats))
+            size = max(other for other in lost if lost[other] <= enough)
         budget = self.available // size
         margin = 0 if size == 1 else 1 + min(len(self.profile) // 2, budget // 16)
         return size, budget, budget + margin
@@ -266,44 +268,54 @@ class _Native(_Search):
             if not self.offer(self.native.least_memory(self.chain, progress)) or method == "flat":
                 return
             if method == "auto":
-                self.bounds()
+                self.bounds(self.flat_slots())
                 self.nested(math.inf)
-        elif len(self.profile) <= _EXACT_BLOCKS or self.gap > _GAP and self.flat_bound > self.bound * (1 + _GAP / 2):
-            self.nested(_WORK)  # else the gap is that of the slots, not of the schedules
+        elif self.nested_may_gain():
+            self.nested(_WORK)
         if method == "exact":
             self.exact(math.inf)
         if method == "slots":
             self.table(16384, math.inf)
 
-    def flat(self) -> None:
-        """The best flat schedule by slots, and bounds."""
-        count = self.flat_slots()
-        if count < 1:
-            self.complete = False
-            return
-        size, _, top = self.slots(count)
-        rounding = self.native.Rounding
-        found = self.limited(self.native.flat, self.available, size, top, rounding.nearest)
-        if found == []:
-            found = self.limited(self.native.flat, self.available, size, self.available // size, rounding.up)
-        if self.offer(found):
-            self.bounds()
+    def nested_may_gain(self) -> bool:
+        blocks = len(self.profile)
+        if blocks <= _EXACT_BLOCKS or self.gap <= _GAP:
+            return blocks <= _EXACT_BLOCKS
+        # In a long chain the gap may be that of rounding to slots.
+        return blocks <= 2 * _EXACT_BLOCKS or self.flat_bound > self.bound * (1 + _GAP / 2)
 
-    def flat_slots(self) -> int:
+    def flat(self) -> None:
+        """The best flat schedule by slots, and bounds; once more where the slots were too few."""
+        rounding = self.native.Rounding
+        for finer in (1, 2):
+            count = self.flat_slots(finer)
+            if count < 1:
+                self.complete = False
+                return
+            size, budget, top = self.slots(count)
+            found = self.limited(self.native.flat, self.available, size, top, rounding.nearest)
+            if found == []:
+                found = self.limited(self.native.flat, self.available, size, budget, rounding.up)
+            self.offer(found)
+            if self.nodes is None:
+                return
+            self.bounds(count)
+            if self.gap <= 2 * _GAP or self.nested_may_gain():
+                return
+
+    def flat_slots(self, finer: int = 1) -> int:
         blocks = len(self.profile)
         # Rounding loses up to half a slot for each block that is kept.
         wanted = 4096 if blocks <= _EXACT_BLOCKS else min(8192 + 16 * blocks, 24576)
-        if self.repeats:
+        if 0 < len(self.repeats) <= 3:
             wanted //= 2
-        return min(wanted, int(self.memory_limit / (4.5 * (blocks + 1))))
+        return min(finer * wanted, int(self.memory_limit / (4.5 * (blocks + 1))))
 
-    def bounds(self) -> None:
+    def bounds(self, count: int) -> None:
         """Lower bounds for all schedules and, where those do not tell enough, for the flat ones."""
-        count = self.flat_slots()
-        work = _WORK
         while count >= 64:
             size, budget, _ = self.slots(count)
-            found = self.limited(self.native.flat_bound, size, budget, True, self.extra, work=work)
+            found = self.limited(self.native.flat_bound, size, budget, True, self.extra, work=_WORK)
             if found is not None:
                 self.raise_bound(found)
                 break
@@ -326,11 +338,10 @@ class _Native(_Search):
         """Schedules that are not flat: exactly where that is cheap, else by more and more slots."""
         if len(self.profile) <= 2 * _EXACT_BLOCKS and self.exact(_WORK):
             return
-        count = 256
-        while self.gap > _GAP and count <= 16384:
-            if not self.table(count, work):
+        for count in (256, 1024, 4096, 16384):
+            if self.gap <= _GAP or not self.table(count, work):
                 return
-            count *= 4
+            work = min(work, 4 * _WORK)
 
     def exact(self, work: float) -> bool:
         """Whether it was done."""
@@ -348,15 +359,13 @@ class _Native(_Search):
         rounding = self.native.Rounding
         for how, end in ((rounding.nearest, top), (rounding.up, budget)):
             most = self.extra * (1 - 1e-6)
-            found = self.limited(
-                self.native.table, self.available, size, end, how, most, self.memory_limit, work=work
-            )
+            found = self.limited(self.native.table, self.available, size, end, how, most, self.memory_limit, work=work)
             if found is None:
                 return False
             if self.offer(found) or size == 1:
                 break
         most = self.extra * (1 + 1e-5)
-        found = self.limited(self.native.table_bound, size, budget, most, self.memory_limit, work=work)
+        found = self.limited(self.native.table_bound, size, budget, most, self.memory_limit, work=min(work, 4 * _WORK))
         if found is None:
             return False
         self.raise_bound(min(found, self.extra))

@@ -251,7 +251,9 @@ class Spine::Prices {
     double low = 0, high = 64 * most_extra / static_cast<double>(top + 1);
     for (int i = 0; i < 40; i++) {
       const double a = low + (high - low) / 3, b = high - (high - low) / 3;
-      const auto bound = [&](double price) { return line(chain, slots, price).back() - price * static_cast<double>(top); };
+      const auto bound = [&](double price) {
+        return line(chain, slots, price).back() - price * static_cast<double>(top);
+      };
       (bound(a) < bound(b) ? low : high) = bound(a) < bound(b) ? a : b;
     }
     for (double part : {0.5, 0.75, 0.9, 1.0, 1.1, 1.35, 2.0})
@@ -265,7 +267,8 @@ class Spine::Prices {
     for (const auto& [price, sums] : lines_) {
       const auto start = static_cast<float>(extra - sums[s] + price * static_cast<double>(top_));
       const auto step = static_cast<float>(price);
-      for (int m = 0; m <= static_cast<int>(top_); m++) most[m] = std::min(most[m], start - step * static_cast<float>(m));
+      for (int m = 0; m <= static_cast<int>(top_); m++)
+        most[m] = std::min(most[m], start - step * static_cast<float>(m));
     }
   }
 
@@ -310,9 +313,8 @@ Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Pr
         const auto value = [&](const Option& o) {
           return std::pair(o.extra + price * static_cast<double>(o.saved), o.saved);
         };
-        const auto found =
-            std::min_element(block.options.begin(), block.options.end(),
-                             [&](const Option& a, const Option& b) { return value(a) < value(b); });
+        const auto found = std::min_element(block.options.begin(), block.options.end(),
+                                            [&](const Option& a, const Option& b) { return value(a) < value(b); });
         level.push_back(static_cast<int>(found - block.options.begin()));
       }
     }
@@ -366,9 +368,9 @@ Spine::Spine(const Chain& chain, Slots slots, int64_t top, Segments segments, Pr
         if (!possible) break;
         continue;
       }
-      // Why a bound: when the backward of t = j - 1 begins, the blocks before it hold what they keep, and with m bytes in
-      // all they keep at least `full - m` less than by their cheapest options. A block keeps less by a dearer option, or
-      // nothing by running once more; no byte of that is cheaper than `price`.
+      // Why a bound: when the backward of t = j - 1 begins, the blocks before it hold what they keep, and with m bytes
+      // in all they keep at least `full - m` less than by their cheapest options. A block keeps less by a dearer
+      // option, or nothing by running once more; no byte of that is cheaper than `price`.
       const bool any = segments == Segments::any_bound;
       const int64_t begin = std::max(low, slots.of(any ? left.largest : left.floor.need(input)));
       const double price = any ? left.any_price : left.keep_price;
@@ -672,9 +674,8 @@ Steps::Steps(const Chain& chain, int64_t budget, double most_extra, int64_t memo
           l += next_left <= next_right;
         }
       }
-      std::sort(found.begin(), found.end(), [](const Step& a, const Step& b) {
-        return std::pair(a.bytes, a.extra) < std::pair(b.bytes, b.extra);
-      });
+      std::sort(found.begin(), found.end(),
+                [](const Step& a, const Step& b) { return std::pair(a.bytes, a.extra) < std::pair(b.bytes, b.extra); });
       auto& row = rows_[s * size + t];
       for (const Step& step : found)
         if (row.empty() || step.extra < row.back().extra) row.push_back(step);
@@ -699,8 +700,8 @@ Plan Steps::plan() const {
     const auto [s, t, bytes] = stack.back();
     stack.pop_back();
     const auto& row = rows_[s * size + t];
-    const Step& step = *std::prev(std::upper_bound(
-        row.begin(), row.end(), bytes, [](int64_t bytes, const Step& step) { return bytes < step.bytes; }));
+    const Step& step = *std::prev(std::upper_bound(row.begin(), row.end(), bytes,
+                                                   [](int64_t bytes, const Step& step) { return bytes < step.bytes; }));
     plan.push_back({s, t, step.split, step.option});
     if (step.split != kNoSplit) {
       stack.push_back({s, step.split - 1, step.bytes});

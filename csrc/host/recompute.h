@@ -1,9 +1,10 @@
 // Schedules of activation recompute for a chain of blocks under a budget of bytes. No Python and no torch here.
 //
-// Sub-problem (s, t, m): given the input of block s and the gradient of the output of block t, train blocks s, ..., t in
-// m bytes. Either s runs with history, by one of its options, or s, ..., j - 1 run without and keep their last output,
-// j, ..., t are trained, then s, ..., j - 1. (Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, HAL hal-02352969.)
-// All tables hold extra time: what lies above one cheapest forward with history and one backward of each block.
+// Sub-problem (s, t, m): given the input of block s and the gradient of the output of block t, train blocks s, ..., t
+// in m bytes. Either s runs with history, by one of its options, or s, ..., j - 1 run without and keep their last
+// output, j, ..., t are trained, then s, ..., j - 1. (Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, HAL
+// hal-02352969.) All tables hold extra time: what lies above one cheapest forward with history and one backward of each
+// block.
 #pragma once
 
 #include <algorithm>

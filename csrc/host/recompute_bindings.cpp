@@ -46,7 +46,8 @@ Plan from_python(const py::sequence& nodes) {
   Plan plan;
   for (const py::handle item : nodes) {
     const auto n = py::reinterpret_borrow<py::tuple>(item);
-    plan.push_back({n[0].cast<int>(), n[1].cast<int>(), n[2].is_none() ? kNoSplit : n[2].cast<int>(), n[3].cast<int>()});
+    plan.push_back(
+        {n[0].cast<int>(), n[1].cast<int>(), n[2].is_none() ? kNoSplit : n[2].cast<int>(), n[3].cast<int>()});
   }
   return plan;
 }
@@ -97,8 +98,7 @@ void bind(py::module_ m) {
   m.def(
       "flat",
       [](const Chain& c, int64_t budget, int64_t slot, int64_t top, Rounding rounding, Progress& p) {
-        return searched(
-            [&] { return fitting(c, Spine(c, {slot, rounding}, top, Spine::Segments::kept, p), budget); });
+        return searched([&] { return fitting(c, Spine(c, {slot, rounding}, top, Spine::Segments::kept, p), budget); });
       },
       "Nodes of a schedule that runs each block at most twice; empty where none was found.");
   m.def(

@@ -235,7 +235,9 @@ def random_chain(length: int, seed: int, options: int = 1) -> ChainProfile:
         saved += [x + (saved[0] - x) * o // options for o in range(options - 1, 0, -1)]
         forward = draw.uniform(0.5, 5)
         ways = tuple(
-            Option(f"way {o}", forward, forward * (2 + 0.3 * o), kept, saved[0] + x // 4, saved[0] + before + x + x // 2)
+            Option(
+                f"way {o}", forward, forward * (2 + 0.3 * o), kept, saved[0] + x // 4, saved[0] + before + x + x // 2
+            )
             for o, kept in enumerate(saved)
         )
         blocks.append(Block(f"block {k}", forward, x, x + x // 2, ways))
