@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._recompute_calls import OP, Call, Leaf, flatten, intercepted, leaves_of, plain_call, tensors_of
 
@@ -53,13 +55,13 @@ def find_chain(model: nn.Module, run: Callable[[], Any], blocks: Blocks) -> Chai
             "least two; pass blocks=[names of modules in the order of the forward]"
         )
     recorder = _Recorder(modules, names)
-    with torch.no_grad(), intercepted(modules, recorder.call):
+    with torch.no_grad(), intercepted(modules, recorder.call), recorder:
         result = run()
-    recorder.end()
+    chains = recorder.runs()
     del result
     if blocks is not None and recorder.problem:
         raise ValueError(f"{OP}: {recorder.problem}")
-    best = max(recorder.runs, key=lambda r: len(r.modules), default=_Run([], [], []))
+    best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), ()))
     missing = [] if blocks is None else [names[m] for m in modules if m not in best.modules]
     if missing:
         raise ValueError(f"{OP}: block {missing[0]} is not called in the forward of {type(model).__name__}")
@@ -69,12 +71,7 @@ def find_chain(model: nn.Module, run: Callable[[], Any], blocks: Blocks) -> Chai
             + (f" ({recorder.problem})" if recorder.problem else "")
             + "; pass blocks=[...] with modules of which each reads the output of the one before"
         )
-    return Chain(
-        tuple(best.modules),
-        tuple(names[m] for m in best.modules),
-        tuple(best.calls),
-        tuple(_parameters_in_words(m) for m in best.modules),
-    )
+    return best
 
 
 # ---- candidates ----
@@ -142,101 +139,132 @@ def _module_of(by_name: dict[str, nn.Module], names: dict[nn.Module, str], block
 # ---- calls ----
 
 
-class _Run(NamedTuple):
-    """Calls that follow each other."""
+class _Seen(NamedTuple):
+    """A call of a block: tensors by number, everything else by value."""
 
-    modules: list[nn.Module]
-    calls: list[Call]
-    first: list[Any]  # leaves of the first call's arguments
+    module: nn.Module
+    structure: Any
+    leaves: tuple[tuple[bool, Any], ...]  # whether it is a tensor; its number, or the value
+    outputs: tuple[int | None, ...]  # numbers of tensors
+    changes_input: bool
+    shapes: dict[int, list[int]]
 
 
-class _Recorder:
-    """Follows the blocks' calls in one forward. A run ends where a block can't follow the one before; `problem` says
-    why the first of them did."""
+class _Recorder(TorchDispatchMode):
+    """Follows the blocks' calls in one forward, and what the rest of the model reads of their outputs."""
 
     def __init__(self, modules: Sequence[nn.Module], names: dict[nn.Module, str]) -> None:
+        super().__init__()
         self._plain = {module: plain_call(module) for module in modules}
         self._names = names
-        self.runs: list[_Run] = []
-        self.problem = ""
-        self._outputs: list[Any] = []  # of the last call
-        self._before: list[weakref.ref[torch.Tensor]] = []  # outputs of the last call but one
-        self._follows = False
+        self._seen: list[_Seen] = []
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # numbers of tensors, by id
+        self._numbers = itertools.count()
+        self._owners: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # calls that made a storage
+        self._used: dict[int, str] = {}  # calls whose output is not the next block's alone, and why
+        self.problem = ""  # why the first block that can't follow the one before can't
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._look_for_holders()
         leaves, structure = flatten(args, kwargs)
-        if self._follows:
-            self._refuse(self._problem_of_arguments(module, leaves))
-        if not self._follows:
-            self.runs.append(_Run([], [], leaves))
-        run = self.runs[-1]
-        sources = [self._source(leaf, len(run.calls) > 0) for leaf in leaves]
-        versions = [(t, t._version) for t in leaves if isinstance(t, torch.Tensor)]
-        output = self._plain[module](*args, **kwargs)
-        self._before = [weakref.ref(t) for t in tensors_of(self._outputs)]
-        self._outputs = leaves_of(output)
-        if any(t._version != version for t, version in versions):
-            self._refuse(
-                f"block {self._names[module]} changes its input in place, so that it can't be run again; make it out "
-                "of place, or make it and the module before it one block (an nn.Sequential)"
-            )
-            return output
-        run.modules.append(module)
-        run.calls.append(Call(tuple(sources), structure))
-        self._follows = True
+        tensors = tensors_of(leaves)
+        versions = [t._version for t in tensors]
+        outer = {_storage(t) for t in tensors if self._owner(t) is None}
+        numbered = tuple((True, self._number(x)) if isinstance(x, torch.Tensor) else (False, x) for x in leaves)
+        shapes = {self._number(t): list(t.shape) for t in tensors}
+        self.__exit__(None, None, None)  # what a block does inside is its own business
+        try:
+            output = self._plain[module](*args, **kwargs)
+        finally:
+            self.__enter__()
+        values = leaves_of(output)
+        outputs = tuple(self._number(x) if isinstance(x, torch.Tensor) else None for x in values)
+        changes = any(t._version != version for t, version in zip(tensors, versions, strict=True))
+        for t in tensors_of(values):
+            if _storage(t) not in outer:
+                self._owners[_storage(t)] = weakref.ref(t), len(self._seen)
+        self._seen.append(_Seen(module, structure, numbered, outputs, changes, shapes))
         return output
 
-    def end(self) -> None:
-        self._look_for_holders()
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tensors_of([args, kwargs or {}]):
+            owner = self._owner(t)
+            if owner is not None:
+                self._used.setdefault(owner, f"{function} outside of the blocks reads it too")
+        return function(*args, **(kwargs or {}))
 
-    def _refuse(self, problem: str) -> None:
-        self.problem = self.problem or problem
-        if problem:
-            self._follows = False
+    def runs(self) -> list[Chain]:
+        """Calls that follow each other. To be called when the forward is done."""
+        for reference, owner in self._owners.values():
+            if reference() is not None:
+                self._used.setdefault(owner, "it is held after the forward")
+        runs: list[list[int]] = [[]]
+        for k, seen in enumerate(self._seen):
+            problem = self._problem(runs[-1], k) if runs[-1] else ""
+            if problem:
+                runs.append([])
+            if seen.changes_input:
+                problem = problem or (
+                    f"block {self._names[seen.module]} changes its input in place, so that it can't be run again; make "
+                    "it out of place, or make it and the module before it one block (an nn.Sequential)"
+                )
+                runs.append([])
+            else:
+                runs[-1].append(k)
+            self.problem = self.problem or problem
+        return [self._chain(run) for run in runs if run]
 
-    def _source(self, leaf: Any, follows: bool) -> Leaf:
-        if not isinstance(leaf, torch.Tensor):
-            return Leaf("constant", leaf)
-        place = _index(leaf, self._outputs) if follows else None
-        return Leaf("previous", place) if place is not None else Leaf("outer", _index(leaf, self.runs[-1].first))
-
-    def _problem_of_arguments(self, module: nn.Module, leaves: Sequence[Any]) -> str:
-        run = self.runs[-1]
-        before, name = self._names[run.modules[-1]], self._names[module]
-        tensors = tensors_of(leaves)
-        if not any(_index(t, self._outputs) is not None for t in tensors):
+    def _problem(self, run: Sequence[int], k: int) -> str:
+        first, former, seen = self._seen[run[0]], self._seen[run[-1]], self._seen[k]
+        before, name = self._names[former.module], self._names[seen.module]
+        tensors = [what for is_tensor, what in seen.leaves if is_tensor]
+        if not any(t in former.outputs for t in tensors):
             return (
                 f"blocks {before} and {name} are not a chain: no argument of {name} is the output of {before}; what "
                 "lies between them must belong to one of them, or both must be one block"
             )
         for t in tensors:
-            if _index(t, self._outputs) is None and _index(t, run.first) is None:
+            if t not in former.outputs and (True, t) not in first.leaves:
                 return (
-                    f"block {name} reads a tensor {list(t.shape)} that is neither an output of {before} nor an "
-                    f"argument of the first block, {self._names[run.modules[0]]}; let the modules that share it be one "
+                    f"block {name} reads a tensor {seen.shapes[t]} that is neither an output of {before} nor an "
+                    f"argument of the first block, {self._names[first.module]}; let the modules that share it be one "
                     "block"
                 )
+        if run[-1] in self._used:
+            return (
+                f"the output of block {before} is used twice: {name} reads it, and {self._used[run[-1]]}; make the "
+                "modules up to its last use one block, or leave them out of blocks"
+            )
         return ""
 
-    def _look_for_holders(self) -> None:
-        """The output of the last call but one has been read by the last call, and is nobody's any more."""
-        if not self._follows or len(self.runs[-1].modules) < 2:
-            return
-        run = self.runs[-1]
-        fine = [*self._outputs, *run.first]
-        storages = {t.untyped_storage()._cdata for t in tensors_of(fine)}
-        for reference in self._before:
-            tensor = reference()
-            if tensor is not None and tensor.untyped_storage()._cdata not in storages:
-                former, latter = (self._names[m] for m in run.modules[-2:])
-                self._refuse(
-                    f"the output of block {former} is used twice: {latter} reads it, and somebody holds it afterwards; "
-                    "make the modules up to its last use one block, or leave them out of blocks"
-                )
-                del run.modules[-1], run.calls[-1]
-                return
+    def _chain(self, run: Sequence[int]) -> Chain:
+        calls, first = [], self._seen[run[0]].leaves
+        for place, k in enumerate(run):
+            before = self._seen[run[place - 1]].outputs if place else ()
+            leaves = []
+            for is_tensor, what in self._seen[k].leaves:
+                if not is_tensor:
+                    leaves.append(Leaf("constant", what))
+                elif what in before:
+                    leaves.append(Leaf("previous", before.index(what)))
+                else:
+                    leaves.append(Leaf("outer", first.index((True, what))))
+            calls.append(Call(tuple(leaves), self._seen[k].structure))
+        modules = tuple(self._seen[k].module for k in run)
+        words = tuple(_parameters_in_words(m) for m in modules)
+        return Chain(modules, tuple(self._names[m] for m in modules), tuple(calls), words)
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        reference, number = self._known.get(id(tensor), (None, 0))
+        if reference is None or reference() is not tensor:
+            number = next(self._numbers)
+            self._known[id(tensor)] = weakref.ref(tensor), number
+        return number
+
+    def _owner(self, tensor: torch.Tensor) -> int | None:
+        """The last call that gave this storage as its output."""
+        reference, owner = self._owners.get(_storage(tensor), (None, None))
+        return None if reference is None or reference() is None else owner
 
 
-def _index(tensor: Any, values: Sequence[Any]) -> int | None:
-    return next((i for i, value in enumerate(values) if value is tensor), None)
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
