@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import weakref
@@ -78,13 +79,13 @@ class MemoryRecorder:
             elif event.name().startswith(_MARK):
                 phases.append((event.start_ns(), event.end_ns(), event.name()[len(_MARK) :]))
         changes.sort(key=lambda change: change[0])
+        times = [when for when, _ in changes]
         phases.sort()
         for begin, end, name in phases:
             bytes_now = peak = 0
-            for when, change in changes:
-                if begin <= when <= end:
-                    bytes_now += change
-                    peak = max(peak, bytes_now)
+            for _, change in changes[bisect.bisect_left(times, begin) : bisect.bisect_right(times, end)]:
+                bytes_now += change
+                peak = max(peak, bytes_now)
             self._add(name, Usage(peak, bytes_now))
 
 
@@ -147,7 +148,8 @@ def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu")
         device: whose memory is meant.
 
     Returns:
-        int: exact: CUDA's allocator statistics, or the CPU allocator's reports of each allocation and release.
+        int: exact: CUDA's allocator statistics, or the CPU allocator's reports of each allocation and release. On a
+            CPU, the release of what was there before the call is not seen.
 
     >>> from pyperf_dl import recompute
     >>> x = torch.ones(1000)
