@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._recompute_calls import OP, Call, Leaf, flatten, intercepted, leaves_of, plain_call, tensors_of
+from ._recompute_calls import OP, Call, Leaf, flatten, intercepted, plain_call, tensors_of
 
 Blocks = str | Sequence[str | nn.Module] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -23,6 +24,7 @@ class Chain(NamedTuple):
     modules: tuple[nn.Module, ...]
     names: tuple[str, ...]
     calls: tuple[Call, ...]
+    outputs: tuple[Call, ...]  # how they are arranged: a "previous" leaf is a tensor
     parameters: tuple[str, ...]  # of each block, in words
 
     def of(self, model: nn.Module) -> Chain:
@@ -61,7 +63,7 @@ def find_chain(model: nn.Module, run: Callable[[], Any], blocks: Blocks) -> Chai
     del result
     if blocks is not None and recorder.problem:
         raise ValueError(f"{OP}: {recorder.problem}")
-    best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), ()))
+    best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), (), ()))
     missing = [] if blocks is None else [names[m] for m in modules if m not in best.modules]
     if missing:
         raise ValueError(f"{OP}: block {missing[0]} is not called in the forward of {type(model).__name__}")
@@ -146,6 +148,7 @@ class _Seen(NamedTuple):
     structure: Any
     leaves: tuple[tuple[bool, Any], ...]  # whether it is a tensor; its number, or the value
     outputs: tuple[int | None, ...]  # numbers of tensors
+    output: Call
     changes_input: bool
     shapes: dict[int, list[int]]
 
@@ -176,13 +179,17 @@ class _Recorder(TorchDispatchMode):
             output = self._plain[module](*args, **kwargs)
         finally:
             self.__enter__()
-        values = leaves_of(output)
+        values, structure_of_output = pytree.tree_flatten(output)
         outputs = tuple(self._number(x) if isinstance(x, torch.Tensor) else None for x in values)
         changes = any(t._version != version for t, version in zip(tensors, versions, strict=True))
         for t in tensors_of(values):
             if _storage(t) not in outer:
                 self._owners[_storage(t)] = weakref.ref(t), len(self._seen)
-        self._seen.append(_Seen(module, structure, numbered, outputs, changes, shapes))
+        arranged = tuple(
+            Leaf("previous", i) if isinstance(x, torch.Tensor) else Leaf("constant", x) for i, x in enumerate(values)
+        )
+        arrangement = Call(arranged, structure_of_output)
+        self._seen.append(_Seen(module, structure, numbered, outputs, arrangement, changes, shapes))
         return output
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -250,8 +257,8 @@ class _Recorder(TorchDispatchMode):
                     leaves.append(Leaf("outer", first.index((True, what))))
             calls.append(Call(tuple(leaves), self._seen[k].structure))
         modules = tuple(self._seen[k].module for k in run)
-        words = tuple(_parameters_in_words(m) for m in modules)
-        return Chain(modules, tuple(self._names[m] for m in modules), tuple(calls), words)
+        names, words = tuple(self._names[m] for m in modules), tuple(_parameters_in_words(m) for m in modules)
+        return Chain(modules, names, tuple(calls), tuple(self._seen[k].output for k in run), words)
 
     def _number(self, tensor: torch.Tensor) -> int:
         reference, number = self._known.get(id(tensor), (None, 0))

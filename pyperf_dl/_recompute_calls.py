@@ -169,10 +169,6 @@ def buffers_named(module: nn.Module, names: Sequence[str]) -> list[tuple[nn.Modu
     return [(module.get_submodule(path), name) for path, _, name in pairs]
 
 
-def parameters_of(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
-
-
 def generators_of(device: torch.device, named: Sequence[torch.Generator]) -> tuple[torch.Generator, ...]:
     """The default ones, and those."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ._autograd import _are_functorch_transforms_active
-from ._recompute_calls import Call, State, buffers_named, flatten, intercept, parameters_of, plain_call
+from ._recompute_calls import Call, State, buffers_named, flatten, intercept, plain_call
 from ._recompute_chain import Node, Schedule
 
 # For each block and option, of its index, the module and its inputs.
@@ -85,6 +85,7 @@ class Executor:
         modules: the blocks, in the order of the forward; one module may come several times.
         names: of them.
         calls: how the model calls them.
+        outputs: how what they give is arranged.
         items: what they do in a row.
         buffers: names of those that each block changes.
         generators: that the blocks may draw from.
@@ -96,12 +97,13 @@ class Executor:
         modules: Sequence[nn.Module],
         names: Sequence[str],
         calls: Sequence[Call],
+        outputs: Sequence[Call],
         items: Sequence[Kept | Segment],
         buffers: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator],
         options: Options | None = None,
     ) -> None:
-        self.modules, self.names, self.calls = tuple(modules), tuple(names), tuple(calls)
+        self.modules, self.names, self.calls, self._outputs = tuple(modules), tuple(names), tuple(calls), tuple(outputs)
         self.buffers = [buffers_named(module, names) for module, names in zip(modules, buffers, strict=True)]
         self.generators, self.options = tuple(generators), options
         self._plain = {module: plain_call(module) for module in self.modules}
@@ -127,7 +129,8 @@ class Executor:
         """Before a forward: the first block is next."""
         self._next = 0
         self._through = 0  # blocks below it have run
-        self._output: Any = None
+        self._result: Any = None  # of the last of them
+        self._output: Any = None  # what the model got for the block before the next
 
     # ---- calls of the model ----
 
@@ -142,7 +145,7 @@ class Executor:
             raise
         self._next = k + 1
         if self._next == len(self.modules):
-            self._output, self._outer = None, {}
+            self._result, self._output, self._outer = None, None, {}
         return output
 
     def _place(self, module: nn.Module) -> int:
@@ -163,24 +166,40 @@ class Executor:
         call = self.calls[k]
         leaves, structure = flatten(args, kwargs)
         if k == 0:
-            values = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-            self._outer = {i: values[i] for i in self._shared if i in values}
-            if structure != call.structure or set(values) != {f.what for f in call.leaves if f.source == "outer"}:
-                self._refuse(k)
             previous: Mapping[int, Any] = {}
-            outer: Mapping[int, Any] = values
+            outer: Mapping[int, Any] = dict(enumerate(leaves))
+            tensors = {leaf.what for leaf in call.leaves if leaf.source == "outer"}
+            if call.differs(leaves, structure, previous, outer) or not all(
+                isinstance(outer[i], torch.Tensor) for i in tensors
+            ):
+                self._refuse(k)
+            self._outer = {i: outer[i] for i in self._shared}
         else:
             previous, outer = dict(enumerate(pytree.tree_flatten(self._output)[0])), self._outer
             if call.differs(leaves, structure, previous, outer):
                 self._refuse(k)
-            if k < self._through:
-                return self._output
-        item = self._items[k]
-        if isinstance(item, Kept):
-            self._output, self._through = self._kept(item, args, kwargs), k + 1
-        else:
-            self._output, self._through = self._segment(item, previous, outer), item.end
+        if k >= self._through:
+            self._result = None
+            item = self._items[k]
+            if isinstance(item, Kept):
+                self._result, self._through = self._kept(item, args, kwargs), k + 1
+            else:
+                self._result, self._through = self._segment(item, previous, outer), item.end
+        self._output = self._handed_on(k)
         return self._output
+
+    def _handed_on(self, k: int) -> Any:
+        """The output of the segment that has run, arranged as block k's own would be if it ended there."""
+        if k + 1 == self._through:
+            return self._result
+        values = pytree.tree_flatten(self._result)[0]
+        some = next(value for value in values if isinstance(value, torch.Tensor))
+        own = self._outputs[k]
+        tensors = dict.fromkeys(range(len(own.leaves)), some)
+        tensors |= {i: value for i, value in enumerate(values) if isinstance(value, torch.Tensor)}
+        return pytree.tree_unflatten(
+            [tensors[i] if leaf.source == "previous" else leaf.what for i, leaf in enumerate(own.leaves)], own.structure
+        )
 
     def _refuse(self, k: int) -> None:
         raise RuntimeError(
@@ -217,7 +236,7 @@ class Executor:
 
 class _Frame:
     """A segment as the function of a checkpoint, which is called once in the forward, and again for the backward: then
-    with the buffers, generators and parameters of the first time, and leaves them as they were before."""
+    with the parameters, buffers and generators of the first time, and leaves them as they were before."""
 
     def __init__(
         self, executor: Executor, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]
@@ -230,7 +249,7 @@ class _Frame:
         self._outer = sorted(i for i in read_outer if isinstance(outer[i], torch.Tensor))
         self._constants = {i: previous[i] for i in read if i not in self._previous}
         self._state: State | None = None
-        self._parameters: list[tuple[nn.Module, str, Any]] = []
+        self._tensors: list[tuple[dict[str, Any], str, Any]] = []
 
     def tensors(self, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> list[torch.Tensor]:
         return [*(previous[i] for i in self._previous), *(outer[i] for i in self._outer)]
@@ -242,14 +261,14 @@ class _Frame:
         del tensors
         run = self._executor.run_items
         if self._state is None:
-            self._state, self._parameters = self._now(), self._current_parameters()
+            self._state, self._tensors = self._now(), self._current_tensors()
             output = run(self._segment.items, previous, outer)
             self._state.drew()
             return output
         now = State(self._state.buffers, self._state.generators)
         self._state.set()
         try:
-            with _parameters_set(self._parameters):
+            with _tensors_set(self._tensors):
                 return run(self._segment.items, previous, outer)
         finally:
             now.set()
@@ -258,25 +277,28 @@ class _Frame:
         executor, blocks = self._executor, range(self._segment.first, self._segment.end)
         return State([key for k in blocks for key in executor.buffers[k]], executor.generators)
 
-    def _current_parameters(self) -> list[tuple[nn.Module, str, Any]]:
-        """What `torch.func.functional_call` may have put in the place of parameters. Sharded ones are their owner's
-        business."""
+    def _current_tensors(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """What `torch.func.functional_call` may have put in the place of parameters and buffers. Sharded ones are their
+        owner's business."""
         found = []
         for module in dict.fromkeys(self._executor.modules[self._segment.first : self._segment.end]):
-            for owner, name in parameters_of(module):
-                value = owner._parameters[name]
-                if type(value).__name__ != "DTensor" and type(getattr(value, "data", None)).__name__ != "DTensor":
-                    found.append((owner, name, value))
+            for owner in module.modules():
+                for there in (owner._parameters, owner._buffers):
+                    found += [(there, name, t) for name, t in there.items() if not _is_sharded(t)]
         return found
 
 
+def _is_sharded(tensor: Any) -> bool:
+    return type(tensor).__name__ == "DTensor" or type(getattr(tensor, "data", None)).__name__ == "DTensor"
+
+
 @contextlib.contextmanager
-def _parameters_set(parameters: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    others = [(m, name, m._parameters[name]) for m, name, value in parameters if m._parameters[name] is not value]
-    for module, name, value in parameters:
-        module._parameters[name] = value
+def _tensors_set(tensors: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    others = [(there, name, there[name]) for there, name, value in tensors if there[name] is not value]
+    for there, name, value in tensors:
+        there[name] = value
     try:
         yield
     finally:
-        for module, name, value in others:
-            module._parameters[name] = value
+        for there, name, value in others:
+            there[name] = value

@@ -347,6 +347,7 @@ class Plan:
             chain.modules,
             chain.names,
             chain.calls,
+            chain.outputs,
             items_of_model(schedule),
             measured.buffers,
             generators_of(next(self._model.parameters()).device, self._generators),
@@ -402,31 +403,37 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """What `save` wrote; for `apply(model)`."""
         data = json.loads(Path(path).read_text())
-        calls = tuple(
-            Call(tuple(Leaf(*leaf) for leaf in call["leaves"]), pytree.treespec_loads(call["structure"]))
-            for call in data["calls"]
+        calls, outputs = (
+            tuple(
+                Call(tuple(Leaf(*leaf) for leaf in call["leaves"]), pytree.treespec_loads(call["structure"]))
+                for call in data[what]
+            )
+            for what in ("calls", "outputs")
         )
-        chain = Chain((), tuple(data["names"]), calls, tuple(data["parameters"]))
+        chain = Chain((), tuple(data["names"]), calls, outputs, tuple(data["parameters"]))
         buffers = tuple(tuple(names) for names in data["buffers"])
         measured = Measured(ChainProfile.from_json(data["profile"]), chain, buffers, **{k: data[k] for k in _STATE})
         return cls(None, measured, Schedule.from_json(data["schedule"]), data["budget"])
 
     def _to_json(self) -> dict[str, Any]:
         chain = self._measured.chain
-        for call, name in zip(chain.calls, chain.names, strict=True):
-            for leaf in call.leaves:
+        for call, output, name in zip(chain.calls, chain.outputs, chain.names, strict=True):
+            for leaf in [*call.leaves, *output.leaves]:
                 if leaf.source == "constant" and not isinstance(leaf.what, (int, float, str, bool, type(None))):
                     raise TypeError(
-                        f"{OP}: a plan can be saved where blocks' arguments are tensors, numbers and strings, got a "
+                        f"{OP}: a plan can be saved where blocks take and give tensors, numbers and strings, got a "
                         f"{type(leaf.what).__name__} for block {name}"
                     )
         return {
             "budget": self.budget,
             "names": list(chain.names),
-            "calls": [
-                {"leaves": [list(f) for f in c.leaves], "structure": pytree.treespec_dumps(c.structure)}
-                for c in chain.calls
-            ],
+            **{
+                what: [
+                    {"leaves": [list(f) for f in c.leaves], "structure": pytree.treespec_dumps(c.structure)}
+                    for c in calls
+                ]
+                for what, calls in (("calls", chain.calls), ("outputs", chain.outputs))
+            },
             "parameters": list(chain.parameters),
             "buffers": [list(names) for names in self._measured.buffers],
             **{k: getattr(self._measured, k) for k in _STATE},
