@@ -182,9 +182,11 @@ class Power(nn.Module):
 
     def forward(self, x):
         weight = self.linear.weight
-        with torch.no_grad():
-            self.direction = F.normalize(weight @ self.direction, dim=0)  # another tensor at each step
-            self.steps += 1
+        if self.training:
+            with torch.no_grad():
+                direction = F.normalize(weight @ self.direction, dim=0)
+                self.direction = direction.to(weight.dtype)  # another tensor at each step
+                self.steps += 1
         y = F.linear(x, weight / (weight @ self.direction).norm(), self.linear.bias)
         return x + torch.tanh(y) * (torch.rand(x.shape, generator=self.generator) < 0.8)
 
