@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ._autograd import _are_functorch_transforms_active
-from ._recompute_calls import Call, State, buffers_named, flatten, intercept, plain_call
+from ._recompute_calls import Call, State, buffers_named, flatten, generators_of, intercept, plain_call
 from ._recompute_chain import Node, Schedule
 
 # For each block and option, of its index, the module and its inputs.
@@ -88,7 +88,7 @@ class Executor:
         outputs: how what they give is arranged.
         items: what they do in a row.
         buffers: names of those that each block changes.
-        generators: that the blocks may draw from.
+        generators: that the blocks draw from, beside the default ones.
         options: for each block and option a context in which it runs, or None.
     """
 
@@ -100,12 +100,14 @@ class Executor:
         outputs: Sequence[Call],
         items: Sequence[Kept | Segment],
         buffers: Sequence[Sequence[str]],
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator] = (),
         options: Options | None = None,
     ) -> None:
         self.modules, self.names, self.calls, self._outputs = tuple(modules), tuple(names), tuple(calls), tuple(outputs)
         self.buffers = [buffers_named(module, names) for module, names in zip(modules, buffers, strict=True)]
-        self.generators, self.options = tuple(generators), options
+        parameters = (p for module in modules for p in module.parameters())
+        device = next((p.device for p in parameters), torch.device("cpu"))
+        self.generators, self.options = generators_of(device, generators), options
         self._plain = {module: plain_call(module) for module in self.modules}
         self._before = {module: module._compiled_call_impl for module in self.modules}
         self._places: dict[nn.Module, list[int]] = {}

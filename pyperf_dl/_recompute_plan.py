@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
-from ._recompute_calls import OP, Call, Leaf, generators_of, intercept, is_intercepted, plain_call, signature_of
+from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
 from ._recompute_execute import Executor, Options, Segment, frame_bytes, items_of_model
 from ._recompute_offload import HostLink
@@ -350,7 +350,7 @@ class Plan:
             chain.outputs,
             items_of_model(schedule),
             measured.buffers,
-            generators_of(next(self._model.parameters()).device, self._generators),
+            self._generators,
             self._options(),
         )
         self._executor.attach()

@@ -659,8 +659,7 @@ def test_an_exception_in_a_forward_or_a_replay_leaves_nothing_broken(place, wait
     after_forward = state_after(case, model)
     del loss
     model.load_state_dict(before)
-    chain = recompute.profile(model, case.inputs, loss_fn=case.loss_fn)
-    plan = recompute.plan(model, case.inputs, loss_fn=case.loss_fn, budget=recompute.least_budget(chain)[0] + 200)
+    plan = planned(case, 0.05)
     replays = plan.schedule.replays[1:-1]
     plan.apply()
     parameters = list(model.parameters())
