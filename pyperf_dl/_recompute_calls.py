@@ -123,7 +123,7 @@ class State:
         kept, values = [], []
         for (module, name), buffer, value in zip(self.buffers, self._objects, self._values, strict=True):
             module._buffers[name] = buffer
-            if buffer is not None:
+            if buffer is not None and not overlaps(buffer):
                 kept.append(buffer.data)
                 values.append(value)
         if kept:
@@ -149,6 +149,11 @@ class State:
             if key[0]._buffers[key[1]] is not buffer
             or (buffer is not None and not torch.equal(_bits(buffer), _bits(value)))
         ]
+
+
+def overlaps(t: torch.Tensor) -> bool:
+    """Several elements have the same memory, so that nothing can be written to it."""
+    return torch._debug_has_internal_overlap(t) == 1
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

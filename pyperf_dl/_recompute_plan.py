@@ -117,8 +117,6 @@ def plan(
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         budget_bytes(budget, 0, torch.device("cpu"))
     job = job_of(model, inputs, loss_fn)
-    if any(True for _ in _plans_of(model)):
-        raise ValueError(f"{OP}: model runs a plan already; call its remove() first")
     link = _link_of(offload, job.device)
     how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "link": link, "progress": progress}
     measured = measure(job, **how)

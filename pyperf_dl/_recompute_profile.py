@@ -21,6 +21,8 @@ from ._recompute_calls import (
     buffers_of,
     generators_of,
     intercepted,
+    is_intercepted,
+    overlaps,
     plain_call,
     same_bits,
     signature_of,
@@ -70,6 +72,12 @@ class Job(NamedTuple):
         return floats[0] if floats[0].numel() == 1 else sum(t.float().mean() for t in floats)
 
     @property
+    def leaves(self) -> list[torch.Tensor]:
+        """What gradients are gathered in."""
+        tensors = [*self.model.parameters(), *tensors_of([self.args, self.kwargs])]
+        return list({id(t): t for t in tensors if t.requires_grad and t.is_leaf}.values())
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -100,6 +108,8 @@ def job_of(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], torch.Tensor]
     for tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"{OP}: inputs must be on the model's device {device}, got a tensor on {tensor.device}")
+    if any(is_intercepted(module) for module in model.modules()):
+        raise ValueError(f"{OP}: model runs a plan already; call its remove() first")
     return Job(model, args, kwargs, loss_fn)
 
 
@@ -125,7 +135,7 @@ def measure(
     ):
         try:
             chain = find_chain(job.model, job.forward, blocks)
-            with _zero_gradients(job.model):
+            with _zero_gradients(job.leaves):
                 advance("bytes")
                 if without_data:
                     with FakeRecorder() as recorder:
@@ -156,7 +166,7 @@ def measure(
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
     behind = _block(_BEHIND, _BEHIND, usages, seconds, trace.loss_bytes, False)
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
-    gradients = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
+    gradients = sum(t.numel() * t.element_size() for t in job.leaves)
     profile = ChainProfile(
         (before, *alike, behind),
         storage_bytes(static) + gradients + extra,
@@ -271,6 +281,7 @@ def _trace(
 ) -> _Trace:
     """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
     plain = {module: plain_call(module) for module in chain.modules}
+    leaves = job.leaves
     output_bytes: list[int] = []
     sent_bytes: list[int] = []
     draws: list[bool] = []
@@ -303,6 +314,7 @@ def _trace(
         draws.append(block.draws)
         if k + 1 == len(chain.modules):
             last.extend(t for t in tensors_of(output) if t.requires_grad)
+            output = torch.utils._pytree.tree_map_only(torch.Tensor, _made, output)
             held.extend([args, kwargs])
             running.enter_context(phase(f"{_BEHIND}:history"))
         return output
@@ -321,14 +333,14 @@ def _trace(
         raise ValueError(f"{OP}: the loss must depend on parameters that need gradients")
     loss_bytes = 2 * loss.element_size()
     with phase(f"{_BEHIND}:backward"):
-        loss.backward()
+        loss.backward(inputs=[*last, *leaves])
     del loss
     for tensor in last:
         tensor.grad = None
     held.clear()
     with phase(f"{_BEFORE}:backward"):
         if edges:
-            torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges])
+            torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
     return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes)
 
 
@@ -411,8 +423,26 @@ class _Seed(torch.autograd.Function):
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
 
 
+class _Made(torch.autograd.Function):
+    """A tensor cut off from its history as something that was made, which may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def _made(t: torch.Tensor) -> torch.Tensor:
+    return _Made.apply(t) if t.requires_grad else t
+
+
 def _like(t: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(t.shape), t.stride(), t.dtype, t.device
+    """As the gradient will be."""
+    stride = torch.empty(t.shape, device="meta").stride() if overlaps(t) else t.stride()
+    return tuple(t.shape), stride, t.dtype, t.device
 
 
 def _zeros(like: tuple[Any, ...]) -> torch.Tensor:
@@ -430,16 +460,24 @@ def _cut(t: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _zero_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients of their own, so that a backward adds to them as it will in training."""
-    before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    for p, _ in before:
-        p.grad = torch.zeros_like(p)
+def _zero_gradients(leaves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Gradients of their own, so that a backward adds to them as it will in training; and no hooks that wait for them,
+    such as those that make an optimizer's step."""
+    before = [(t, t.grad) for t in leaves]
+    hooks = [(t._post_accumulate_grad_hooks, dict(t._post_accumulate_grad_hooks or {})) for t in leaves]
+    for t in leaves:
+        t.grad = torch.zeros_like(t)
+    for there, _ in hooks:
+        if there is not None:
+            there.clear()
     try:
         yield
     finally:
-        for p, grad in before:
-            p.grad = grad
+        for t, grad in before:
+            t.grad = grad
+        for there, held in hooks:
+            if there is not None:
+                there.update(held)
 
 
 # ---- numbers ----
