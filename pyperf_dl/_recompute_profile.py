@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -290,6 +291,7 @@ def _trace(
     input_bytes = 0
     last: list[torch.Tensor] = []
     held: list[Any] = []  # what the last block reads: in training it has that until its backward
+    inputs: list[weakref.ref[torch.Tensor]] = []  # of all blocks
     running = contextlib.ExitStack()
 
     def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -302,6 +304,7 @@ def _trace(
             grads = [t for t in tensors_of([args, kwargs]) if t.requires_grad]
             edges.extend((torch.autograd.graph.get_gradient_edge(t), _like(t)) for t in grads)
             input_bytes = storage_bytes(tensors_of([args, kwargs]))
+        inputs.extend(weakref.ref(t) for t in tensors_of([args, kwargs]))
         state = State(buffers_of(module), generators)
         block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
         output = block.measured(phase, state, careful)
@@ -315,7 +318,8 @@ def _trace(
         if k + 1 == len(chain.modules):
             last.extend(t for t in tensors_of(output) if t.requires_grad)
             output = torch.utils._pytree.tree_map_only(torch.Tensor, _made, output)
-            held.extend([args, kwargs])
+            # What a caller of blocks still holds must not count as released by what lies behind them.
+            held.extend([args, kwargs, *(reference() for reference in inputs)])
             running.enter_context(phase(f"{_BEHIND}:history"))
         return output
 
