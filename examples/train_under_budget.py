@@ -25,18 +25,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
-
-# Without these glibc gives the memory of a big step back to the system and takes it anew in the next one, whose page
-# faults cost more than what a smaller step computes again. Read when a process starts.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
-
-if __name__ == "__main__" and platform.libc_ver()[0] == "glibc" and not ALLOCATOR.keys() <= os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ALLOCATOR | os.environ)
 
 import matplotlib as mpl
 import torch
-from pydoc_data.topics import topics
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -45,9 +38,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from pyperf_dl import recompute
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "pyperf_dl"  # the same file from the same figures
 import matplotlib.pyplot as plt
 
+mpl.rcParams["svg.hashsalt"] = "pyperf_dl"  # the same file from the same figures
 PERCENT = (35, 50, 70)
 MIB = 2**20
 PLAIN, EVERY, SEGMENTS = "no recompute", "checkpoint every block", "checkpoint_sequential"
@@ -90,8 +83,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads, dropout))
         self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+            nn.Linear(4 * width, width), nn.Dropout(dropout),
+        )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(x)
@@ -326,7 +320,7 @@ def rows_of(outcome: Outcome) -> Iterator[tuple[str, ...]]:
         )
 
 
-HEADER = ("", "budget MiB", "peak MiB", "× plain", "ms", "× plain", "predicted", "loss", "held out", "losses", "state")
+HEADER = ("", "budget MiB", "peak MiB", "x plain", "ms", "x plain", "predicted", "loss", "held out", "losses", "state")
 
 
 def print_table(outcome: Outcome, steps: int) -> None:
@@ -386,6 +380,15 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     plt.close(figure)
 
 
+def keep_memory_of_steps() -> None:
+    """glibc gives the memory of a big step back to the system and takes it anew in the next one, whose page faults cost
+    more than what a smaller step computes again. Two variables that it reads when a process starts keep it from that.
+    """
+    variables = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
+    if platform.libc_ver()[0] == "glibc" and not variables.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables | os.environ)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A GPT and a ResNet, trained within budgets of memory.")
     parser.add_argument("--quick", action="store_true", help="fewer steps: under 3 minutes on 2 cores")
@@ -416,4 +419,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_memory_of_steps()
     main()
