@@ -215,6 +215,10 @@ class Run:
         self.peak = sum(storages.values()) + recompute.peak_memory(lambda: self.step(number))
         self.seconds.pop()
 
+    def slowdown(self, other: Run) -> float:
+        """Median over steps, of which those with one number ran one after the other."""
+        return statistics.median(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
+
     def evaluate(self) -> None:
         self.model.eval()
         with torch.no_grad():
@@ -234,9 +238,10 @@ class Outcome(NamedTuple):
     chain: recompute.ChainProfile
     runs: dict[str, Run]
 
-    @property
-    def predicted_plain_seconds(self) -> float:
-        return recompute.solve(self.chain, recompute.full_peak(self.chain)).predicted_time
+
+def predicted_ratio(schedule: recompute.Schedule, chain: recompute.ChainProfile) -> float:
+    """Of its time to that without recomputation."""
+    return schedule.predicted_time / recompute.solve(chain, recompute.full_peak(chain)).predicted_time
 
 
 def prepare(task: Task) -> Outcome:
@@ -298,20 +303,18 @@ def train(task: Task) -> Outcome:
 
 def rows_of(outcome: Outcome) -> Iterator[tuple[str, ...]]:
     plain = outcome.runs[PLAIN]
-    before = statistics.median(plain.seconds)
     for name, run in outcome.runs.items():
-        seconds = statistics.median(run.seconds)
         budget = predicted = ""
         if run.plan is not None:
             budget = f"{run.plan.budget / MIB:.1f}"
-            predicted = f"{run.plan.predicted_time / outcome.predicted_plain_seconds:.2f}"
+            predicted = f"{predicted_ratio(run.plan.schedule, run.plan.profile):.2f}"
         yield (
             name,
             budget,
             f"{run.peak / MIB:.1f}",
             f"{run.peak / plain.peak:.3f}",
-            f"{1e3 * seconds:.1f}",
-            f"{seconds / before:.2f}",
+            f"{1e3 * statistics.median(run.seconds):.1f}",
+            f"{run.slowdown(plain):.2f}",
             predicted,
             f"{run.losses[-1]:.4f}",
             f"{run.held_out:.4f}",
@@ -348,11 +351,11 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     figure, grid = plt.subplots(1, len(outcomes), figsize=(5.4 * len(outcomes), 4.2), sharey=True, layout="constrained")
     for axes, outcome in zip(grid, outcomes, strict=True):
         plain = outcome.runs[PLAIN]
-        seconds, full = statistics.median(plain.seconds), recompute.full_peak(outcome.chain)
+        full = recompute.full_peak(outcome.chain)
         curve = recompute.pareto(outcome.chain, 40)
         axes.step(
             [s.predicted_peak / full for s in curve],
-            [s.predicted_time / outcome.predicted_plain_seconds for s in curve],
+            [predicted_ratio(schedule, outcome.chain) for schedule in curve],
             where="post", color="#c2185b", lw=1, alpha=0.6, label="plans, predicted",
         )  # fmt: skip
         marks: dict[str, dict[str, Any]] = {
@@ -362,11 +365,11 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         }
         for name, mark in marks.items():
             run = outcome.runs[name]
-            axes.plot(run.peak / plain.peak, statistics.median(run.seconds) / seconds, ls="", label=name, **mark)
+            axes.plot(run.peak / plain.peak, run.slowdown(plain), ls="", label=name, **mark)
         planned = [run for run in outcome.runs.values() if run.plan is not None]
         axes.plot(
             [run.peak / plain.peak for run in planned],
-            [statistics.median(run.seconds) / seconds for run in planned],
+            [run.slowdown(plain) for run in planned],
             color="#c2185b", marker="o", ls="", label="plans, measured",
         )  # fmt: skip
         axes.set(title=f"{outcome.name}, {len(outcome.chain) - 2} blocks", xlabel="peak / peak without recompute")
@@ -392,12 +395,12 @@ def keep_memory_of_steps() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A GPT and a ResNet, trained within budgets of memory.")
     parser.add_argument("--quick", action="store_true", help="fewer steps: under 3 minutes on 2 cores")
-    parser.add_argument("--steps", type=int, help="instead of 30 (--quick) or 300; at least 4")
+    parser.add_argument("--steps", type=int, help="instead of 20 (--quick) or 150; at least 4")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; one gives the steadiest times")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for pictures")
     parser.add_argument("--plot-plans", action="store_true", help="also a picture of each plan")
     options = parser.parse_args()
-    steps = options.steps or (30 if options.quick else 300)
+    steps = options.steps or (20 if options.quick else 150)
     if steps < 4:
         parser.error("--steps must be at least 4, of which the first two and the one that is measured are not timed")
     torch.set_num_threads(options.threads)
