@@ -366,7 +366,8 @@ class Plan:
         ]
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled() and not _are_functorch_transforms_active():
+        measuring = self._executor is None
+        if not measuring and torch.is_grad_enabled() and not _are_functorch_transforms_active():
             self._executor.restart()
             signature = signature_of([args, kwargs])
             if signature != self._signature and self._on_new_shapes != "keep":
