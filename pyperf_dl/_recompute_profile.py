@@ -335,6 +335,11 @@ def _trace(
         )
     if not loss.requires_grad:
         raise ValueError(f"{OP}: the loss must depend on parameters that need gradients")
+    if _nodes([loss.grad_fn]) & _nodes([edge.node for edge, _ in edges]):
+        raise ValueError(
+            f"{OP}: what lies behind block {chain.names[-1]} reads something from before block {chain.names[0]}, other "
+            "than through the blocks, so that the model is no chain; let a module that holds both be one of the blocks"
+        )
     loss_bytes = 2 * loss.element_size()
     with phase(f"{_BEHIND}:backward"):
         loss.backward(inputs=[*last, *leaves])
@@ -346,6 +351,18 @@ def _trace(
         if edges:
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
     return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes)
+
+
+def _nodes(roots: Sequence[Any]) -> set[Any]:
+    """What a backward from there runs, but for leaves, which a parameter has one of wherever it is used."""
+    found: set[Any] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found and type(node).__name__ != "AccumulateGrad":
+            found.add(node)
+            todo.extend(after for after, _ in node.next_functions)
+    return found
 
 
 class _CalledBlock:
