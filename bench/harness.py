@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ from pyperf_dl import _backend  # noqa: E402
 
 def _itself(inputs: Any) -> Any:
     return inputs
+
+
+COPY = _itself  # a floor that is a copy of the bytes that `Case.moved` says
+COPY_IS = "a copy of the same bytes"
 
 
 @dataclass
@@ -65,14 +69,21 @@ class Case:
         error: `error(inputs, outputs, whole)` -> largest difference to the reference; `whole` asks for every output,
             else a sample of them will do. NaN or more than `tolerance` is a wrong result.
         moved: `moved(inputs, outputs)` -> bytes that any correct operator must move.
+        floor: `floor(inputs)`, the least work, where that is no copy of `moved` bytes; None where nothing is.
+        floor_is: what the floor is, in words.
+        figures: `figures(inputs, outputs, entry)` -> numbers beside time and error, by the names of their columns;
+            `entry` holds the times. Such cases have a table of their own.
         params: what the case varies, for tables and plots: `{"window": 33, "sweep": "window"}` puts it on that plot.
         cold: inputs are rotated on a GPU until they exceed its cache; False where the host's cost is the point.
+        one_thread: it is measured with the first of the numbers of threads alone. Where that is 1, on a CPU, times are
+            those of the process, which other programs do not lengthen.
+        rounds: turns of a case whose calls are so long that they need no others before them. Peers have as many.
     """
 
     family: str
     op: str
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     device: str
     make: Callable[[torch.Generator], tuple[torch.Tensor, ...]]
     ours: Callable[[tuple[torch.Tensor, ...]], Any]
@@ -82,14 +93,22 @@ class Case:
     tolerance: float = 0.0
     params: dict[str, Any] = field(default_factory=dict)
     cold: bool = True
+    floor: Callable[[Any], Any] | None = COPY
+    floor_is: str = COPY_IS
+    figures: Callable[[Any, Any, dict[str, Any]], dict[str, float]] | None = None
+    one_thread: bool = False
+    rounds: int | None = None
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
     @property
     def title(self) -> str:
-        return f"{self.op} {self.name} {self.dtype_name}"
+        return f"{self.op} {self.name} {self.dtype_name}".rstrip()
+
+    def threads(self, wanted: Iterable[int]) -> list[int]:
+        return list(wanted)[: 1 if self.one_thread else None]
 
 
 @dataclass
@@ -178,6 +197,13 @@ def _wall(run: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
+def _process(run: Callable[[], Any], repeats: int) -> float:
+    begin = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - begin) / repeats
+
+
 def _events(run: Callable[[], Any], repeats: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -203,6 +229,7 @@ class Contender:
         self.clock = _events if device == "cuda" else _wall
         self.samples: list[float] = []
         self.spent, self.repeats = 0.0, 1
+        self.warms_up = True
 
     def _once(self) -> Any:
         self.turn = (self.turn + 1) % len(self.arguments)
@@ -226,11 +253,13 @@ class Contender:
     def settle(self) -> None:
         """Calls, untimed, until pages, caches and clocks are those of a program that calls again and again."""
         begin = time.perf_counter()
-        while time.perf_counter() - begin < SETTLED_S:
+        while self.warms_up and time.perf_counter() - begin < SETTLED_S:
             self._once()
 
     def sample(self) -> float:
-        if self.first_s < SETTLED_S:  # caches as this contender's own calls leave them, whatever ran before it
+        if (
+            self.warms_up and self.first_s < SETTLED_S
+        ):  # caches as this contender's own calls leave them, whatever ran before it
             for _ in range(min(self.repeats, SETTLING_CALLS)):
                 self._once()
         seconds = self.clock(self._once, self.repeats)
@@ -263,20 +292,21 @@ def _ratio(values: list[float], factor: float = 1.0) -> tuple[float, list[float]
 
 
 def time_in_turn(
-    floor: Contender, ours: Contender, peers: dict[str, Contender], budget: Budget
+    floor: Contender | None, ours: Contender, peers: dict[str, Contender], budget: Budget
 ) -> dict[str, list[float]]:
     """Ratios, turn by turn: ours / floor under "floor", and each peer / ours."""
+    both = [c for c in (floor, ours) if c is not None]
     ratios: dict[str, list[float]] = {name: [] for name in ("floor", *peers)}
     hopeless = {name for name, peer in peers.items() if peer.first_s > budget.peer_s}
-    for contender in (floor, ours):
+    for contender in both:
         contender.settle()
-    for contender in (floor, ours, *peers.values()):
+    for contender in (*both, *peers.values()):
         contender.calibrate(budget.sample_s)
     for turn in range(budget.rounds):
-        first, second = (floor, ours) if turn % 2 else (ours, floor)
-        first.sample()
-        second.sample()
-        ratios["floor"].append(ours.samples[-1] / floor.samples[-1])
+        for contender in both if turn % 2 else reversed(both):
+            contender.sample()
+        if floor is not None:
+            ratios["floor"].append(ours.samples[-1] / floor.samples[-1])
         for name, peer in peers.items():
             if name in hopeless and not peer.samples:
                 peer.samples.append(peer.first_s)
@@ -315,18 +345,26 @@ def _entry(case: Case, threads: int) -> dict[str, Any]:
         "max_error": None,
         "status": "ok",
         "params": case.params,
-    }
+    } | ({} if case.floor is COPY else {"floor": case.floor and case.floor_is})
 
 
 DISAGREES = "does not compute the same here"
 
 
-def _ready_peers(case: Case, inputs: list[Any], outputs: Any, found: dict[str, Any]) -> dict[str, Contender]:
-    """Peers that run and agree; `found` is told of the others."""
-    ready = {}
+def _contender(case: Case, call: Callable[[Any], Any], arguments: list[Any], entry: dict[str, Any]) -> Contender:
+    made = Contender(call, arguments, case.device)
+    made.warms_up = case.rounds is None
+    if case.one_thread and case.device == "cpu" and entry["threads"] == 1:
+        made.clock = _process
+    return made
+
+
+def _ready_peers(case: Case, inputs: list[Any], outputs: Any, entry: dict[str, Any]) -> dict[str, Contender]:
+    """Peers that run and agree; the entry is told of the others."""
+    ready, found = {}, entry["peers"]
     for name, peer in case.peers.items():
         try:
-            contender = Contender(peer.call, [peer.prepare(i) for i in inputs], case.device)
+            contender = _contender(case, peer.call, [peer.prepare(i) for i in inputs], entry)
             if peer.compiles:
                 contender.first()
             theirs = contender.first()
@@ -343,15 +381,23 @@ def _measured(
     case: Case, inputs: list[Any], outputs: Any, peers: dict[str, Contender], entry: dict[str, Any], budget: Budget
 ) -> None:
     """Fills in times and ratios."""
-    moved = case.moved(inputs[0], outputs)
-    floor = floor_contender(moved, len(inputs), case.device)
-    floor.first()
-    ours = Contender(case.ours, inputs, case.device)
+    floor = None
+    if case.floor is COPY:
+        entry["bytes"] = case.moved(inputs[0], outputs)
+        floor = floor_contender(entry["bytes"], len(inputs), case.device)
+    elif case.floor is not None:
+        floor = _contender(case, case.floor, inputs, entry)
+    if floor is not None:
+        floor.first()
+    ours = _contender(case, case.ours, inputs, entry)
     ours.first()
+    if case.rounds is not None:
+        budget = replace(budget, rounds=case.rounds, peer_s=math.inf)
     ratios = time_in_turn(floor, ours, peers, budget)
-    entry["bytes"] = moved
-    entry["ms"], entry["floor_ms"] = (_rounded(statistics.median(c.samples) * 1e3) for c in (ours, floor))
-    entry["x_floor"], entry["x_floor_quartiles"] = _ratio(ratios["floor"])
+    entry["ms"] = _rounded(statistics.median(ours.samples) * 1e3)
+    if floor is not None:
+        entry["floor_ms"] = _rounded(statistics.median(floor.samples) * 1e3)
+        entry["x_floor"], entry["x_floor_quartiles"] = _ratio(ratios["floor"])
     for name, contender in peers.items():
         scale = case.peers[name].scale
         speedup, spread = _ratio(ratios[name], scale)
@@ -378,45 +424,48 @@ def generator(device: str, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-class _WrongResultError(Exception):
-    """Ours differs from the reference by more than the case allows."""
+class WrongResultError(Exception):
+    """Ours differs from the reference by more than the case allows, or breaks another promise."""
 
 
 def _checked(case: Case, inputs: Any, outputs: Any, entry: dict[str, Any], whole: bool) -> None:
     """Fills in the error.
 
     Raises:
-        _WrongResultError: it is too large.
+        WrongResultError: it is too large.
     """
     error = case.error(inputs, outputs, whole)
     entry["max_error"] = error if math.isfinite(error) else None  # JSON has no infinity
     if not error <= case.tolerance:
-        raise _WrongResultError(f"differs from the reference by {error:.3g}")
+        raise WrongResultError(f"differs from the reference by {error:.3g}")
 
 
 def _outcome(case: Case, inputs: list[Any], entry: dict[str, Any], budget: Budget) -> None:
     """Checks, then times; a peer that disagrees has every output checked, for it may be the one that is right."""
     outputs = case.ours(inputs[0])
     _checked(case, inputs[0], outputs, entry, budget.whole)
-    copies = _rotation(case, case.moved(inputs[0], outputs))
+    copies = _rotation(case, case.moved(inputs[0], outputs)) if case.floor is COPY else 1
     inputs += [case.make(generator(case.device, seed)) for seed in range(len(inputs), copies)]
-    peers = _ready_peers(case, inputs, outputs, entry["peers"])
+    peers = _ready_peers(case, inputs, outputs, entry)
     if not budget.whole and any(peer.get("error") == DISAGREES for peer in entry["peers"].values()):
         _checked(case, inputs[0], outputs, entry, True)
     with _without_gc():
         _measured(case, inputs, outputs, peers, entry, budget)
+    if case.figures is not None:
+        figures = case.figures(inputs[0], outputs, entry)
+        entry["figures"] = {name: _rounded(value) for name, value in figures.items()}
 
 
 def run_case(case: Case, threads: Iterable[int], budget: Budget) -> Iterator[dict[str, Any]]:
     """One result for each number of threads; nothing is timed that was not found right just before."""
     inputs: list[Any] = []
-    for n in threads:
+    for n in case.threads(threads):
         set_threads(n)
         entry = _entry(case, n)
         try:
             inputs = inputs or [case.make(generator(case.device, 0))]
             _outcome(case, inputs, entry, budget)
-        except _WrongResultError as wrong:
+        except WrongResultError as wrong:
             entry["status"], entry["message"] = "WRONG", str(wrong)
         except Exception as failure:  # one broken case must not hide the others
             entry["status"], entry["message"] = "ERROR", f"{type(failure).__name__}: {failure}".split("\n")[0][:300]
@@ -454,6 +503,7 @@ __all__ = [
     "Budget",
     "Case",
     "Peer",
+    "WrongResultError",
     "discovered",
     "failures",
     "families",

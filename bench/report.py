@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from run import LEGEND, TIMES, error_cell, peer_cell, peer_names, short
+from run import TIMES, error_cell, figure_cell, figure_names, floors, legend, peer_cell, peer_names, short
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -67,9 +67,12 @@ def columns(results: list[dict[str, Any]]) -> dict[str, list[str]]:
     shown["threads"] = [str(r["threads"]) for r in results]
     shown = {name: cells for name, cells in shown.items() if name == "case" or len(set(cells)) > 1}
     shown["ms"] = [short(r["ms"]) for r in results]
-    shown[f"{TIMES} floor"] = [short(r["x_floor"]) for r in results]
+    if floors(results):
+        shown[f"{TIMES} floor"] = [short(r["x_floor"]) for r in results]
     for peer in peer_names(results):
         shown[f"{TIMES} {peer}"] = [peer_cell(r["peers"].get(peer)) for r in results]
+    for name in figure_names(results):
+        shown[name] = [figure_cell(r, name) for r in results]
     shown["max error"] = [error_cell(r) for r in results]
     return shown
 
@@ -80,8 +83,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
     text = ("operator", "case", "dtype", "device")
     lines = [" | ".join(shown), " | ".join("---" if name in text else "--:" for name in shown)]
     lines += [" | ".join(cells) for cells in zip(*shown.values(), strict=True)]
+    meaning = [line for line in (legend(results), "") if legend(results)]
     origins = dict.fromkeys(origin(r["report"]) for r in results)
-    return "\n".join([*(f"| {line} |" for line in lines), "", LEGEND, "", *origins])
+    return "\n".join([*(f"| {line} |" for line in lines), "", *meaning, *origins])
 
 
 def insert(text: str, file: Path, name: str) -> None:

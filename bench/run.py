@@ -51,10 +51,22 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 # ---- progress and table ----
 
 TIMES = "\u00d7"
-LEGEND = (
-    f"{TIMES} floor: our time / time of a copy of the same bytes. {TIMES} peer: peer's time / ours. "
-    "~: measured on a part of the work."
-)
+
+
+def floors(results: list[dict[str, Any]]) -> list[str]:
+    """What the floors are."""
+    found = dict.fromkeys(r.get("floor", harness.COPY_IS) for r in results)
+    return [floor for floor in found if floor is not None]
+
+
+def legend(results: list[dict[str, Any]]) -> str:
+    """What the columns of a table mean."""
+    said = []
+    if floors(results):
+        said.append(f"{TIMES} floor: our time / time of {', or of '.join(floors(results))}.")
+    if peer_names(results) or not figure_names(results):
+        said += [f"{TIMES} peer: peer's time / ours.", "~: measured on a part of the work."]
+    return " ".join(said)
 
 
 def with_progress(steps: Iterable[tuple[str, Any]], total: int) -> Iterator[Any]:
@@ -103,37 +115,55 @@ def peer_names(results: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for r in results for name in r["peers"]))
 
 
-def table_rows(results: list[dict[str, Any]], peers: list[str]) -> tuple[list[str], list[list[str]]]:
-    ratios = [f"{TIMES} {name}" for name in ("floor", *peers)]
-    head = ["operator", "case", "dtype", "threads", "ms", *ratios, "max error"]
-    rows = [
-        [
-            r["op"],
-            r["case"],
-            r["dtype"],
-            str(r["threads"]),
-            short(r["ms"]),
-            short(r["x_floor"]),
-            *(peer_cell(r["peers"].get(p)) for p in peers),
-            error_cell(r),
-        ]
-        for r in results
-    ]
-    return head, rows
+def figure_names(results: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for r in results for name in r.get("figures", {})))
+
+
+def figure_cell(result: dict[str, Any], name: str) -> str:
+    figures = result.get("figures", {})
+    return short(figures[name]) if name in figures else ""
+
+
+def table_columns(results: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Cells by column."""
+    shown = {
+        "operator": [r["op"] for r in results],
+        "case": [r["case"] for r in results],
+        "dtype": [r["dtype"] for r in results],
+        "threads": [str(r["threads"]) for r in results],
+        "ms": [short(r["ms"]) for r in results],
+    }
+    if not any(shown["dtype"]):
+        del shown["dtype"]
+    if floors(results):
+        shown[f"{TIMES} floor"] = [short(r["x_floor"]) for r in results]
+    for name in peer_names(results):
+        shown[f"{TIMES} {name}"] = [peer_cell(r["peers"].get(name)) for r in results]
+    for name in figure_names(results):
+        shown[name] = [figure_cell(r, name) for r in results]
+    return shown | {"max error": [error_cell(r) for r in results]}
+
+
+def tables(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results by table: one, and beside it one for each operator that has columns of its own."""
+    own = dict.fromkeys(r["op"] for r in results if "figures" in r)
+    found = [[r for r in results if r["op"] not in own], *([r for r in results if r["op"] == op] for op in own)]
+    return [table for table in found if table]
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """One table; with rich where it is installed."""
-    head, rows = table_rows(results, peer_names(results))
+    columns = table_columns(results)
+    rows = list(zip(*columns.values(), strict=True))
     rich_table, rich_console = optional("rich.table"), optional("rich.console")
     if rich_table is None:
-        for row in (head, *rows):
+        for row in (columns, *rows):
             print(" | ".join(row))
-        print(LEGEND)
+        print(legend(results))
         return
-    table = rich_table.Table(title="pyperf_dl", caption=LEGEND)
-    for n, name in enumerate(head):
-        is_text = n < 3
+    table = rich_table.Table(title="pyperf_dl", caption=legend(results))
+    for name in columns:
+        is_text = name in ("operator", "case", "dtype")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
     for row, result in zip(rows, results, strict=True):
         table.add_row(*row, style=None if result["status"] == "ok" else "bold red")
@@ -157,7 +187,7 @@ def print_notes(results: list[dict[str, Any]]) -> None:
 
 def measured(cases: list[Case], threads: list[int], budget: Budget) -> list[dict[str, Any]]:
     steps = ((case.title, result) for case in cases for result in harness.run_case(case, threads, budget))
-    return list(with_progress(steps, len(cases) * len(threads)))
+    return list(with_progress(steps, sum(len(case.threads(threads)) for case in cases)))
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -202,7 +232,8 @@ def main(arguments: list[str]) -> int:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.no_table:
         return 1 if harness.failures(results) else 0
-    print_table(results)
+    for table in tables(results):
+        print_table(table)
     failed = harness.failures(results)
     print_notes(results)
     if not results:
