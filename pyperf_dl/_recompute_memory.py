@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile, record_function
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -43,7 +43,8 @@ class MemoryRecorder:
     def __enter__(self) -> MemoryRecorder:
         if self.device.type != "cuda":
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each session writes lines to stderr
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            # torch.profiler would make a Python object of each event, which takes longer than the step.
+            self._profile = profile(use_kineto=True, profile_memory=True)
             self._profile.__enter__()
         return self
 
@@ -52,7 +53,7 @@ class MemoryRecorder:
             return
         self._profile.__exit__(*error)
         if error[0] is None:
-            self._read(self._profile.profiler.kineto_results.events())
+            self._read(self._profile.kineto_results.events())
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
