@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +210,18 @@ def _solved(
     measured: Measured, budget: int | str, device: torch.device, time_limit: float | None
 ) -> tuple[int, Schedule]:
     """The budget in bytes, and a schedule that fits in it with what its segments hold to be run again."""
-    chain = measured.profile
-    amount, held = budget_bytes(budget, full_peak(chain), device), 0
+    chain, held = measured.profile, 0
+    amount = budget_bytes(budget, full_peak(chain), device)
     for _ in range(_TRIES):
         try:
-            schedule = solve(chain, amount - held, time_limit=time_limit)
+            schedule = _solved_for_execution(chain, amount - held, time_limit)
         except ValueError:
             break
         needed = _held_bytes(measured, schedule)
         if schedule.predicted_peak + needed <= amount:
             return amount, dataclasses.replace(schedule, predicted_peak=schedule.predicted_peak + needed)
         held = max(needed, held + 1)
+    chain = _without_offload(chain, range(len(chain)))
     least, block = least_budget(chain)
     schedule = solve(chain, least, time_limit=time_limit)
     least += _held_bytes(measured, schedule)
@@ -232,6 +233,25 @@ def _solved(
     )
 
 
+def _solved_for_execution(chain: ChainProfile, amount: int, time_limit: float | None) -> Schedule:
+    """Blocks that run again do not wait on the host: a checkpoint keeps what they save in its own way. The solver does
+    not know that, so that blocks for which it plans both lose the choice, until there are none."""
+    first = schedule = solve(chain, amount, time_limit=time_limit)
+    while both := [
+        k
+        for k, (runs, option) in enumerate(zip(schedule.replays, schedule.kept_options, strict=True))
+        if runs and option
+    ]:
+        chain = _without_offload(chain, both)
+        schedule = solve(chain, amount, time_limit=time_limit)
+    return dataclasses.replace(schedule, bound=first.bound, flat_bound=first.flat_bound)
+
+
+def _without_offload(chain: ChainProfile, which: Collection[int]) -> ChainProfile:
+    blocks = tuple(b._replace(options=b.options[:1]) if k in which else b for k, b in enumerate(chain.blocks))
+    return dataclasses.replace(chain, blocks=blocks)
+
+
 def _held_bytes(measured: Measured, schedule: Schedule) -> int:
     """The most that segments hold to be run again: buffers that blocks change, and states of generators."""
 
@@ -240,9 +260,11 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
         return sum(measured.state_bytes[blocks]) + measured.random_bytes * any(measured.draws[blocks])
 
     items = items_of_model(schedule)
+    segments = [item for item in items if isinstance(item, Segment)]
+    if not segments:
+        return 0
     # One that has run is released a little after the next one has begun, which looks at all generators.
-    last = max((own(item) for item in items if isinstance(item, Segment)), default=0)
-    return frame_bytes(items, own) + last + 2 * measured.random_bytes + _SLACK
+    return frame_bytes(items, own) + max(map(own, segments)) + 2 * measured.random_bytes + _SLACK
 
 
 def _plans_of(model: nn.Module) -> Any:

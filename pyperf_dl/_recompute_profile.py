@@ -119,7 +119,7 @@ def measure(
     *,
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator] = (),
     link: HostLink | None = None,
     without_data: bool = False,
     progress: bool = False,
