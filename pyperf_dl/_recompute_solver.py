@@ -299,8 +299,7 @@ class _Native(_Search):
             self.offer(found)
             if self.nodes is None:
                 return
-            self.bounds(count)
-            if self.gap <= 2 * _GAP or self.nested_may_gain():
+            if not self.bounds(count) or self.gap <= 2 * _GAP or self.nested_may_gain():
                 return
 
     def flat_slots(self, finer: int = 1) -> int:
@@ -311,21 +310,24 @@ class _Native(_Search):
             wanted //= 2
         return min(finer * wanted, int(self.memory_limit / (4.5 * (blocks + 1))))
 
-    def bounds(self, count: int) -> None:
-        """Lower bounds for all schedules and, where those do not tell enough, for the flat ones."""
+    def bounds(self, count: int) -> bool:
+        """Lower bounds for all schedules and, where those do not tell enough, for the flat ones; whether by so many
+        slots."""
+        wanted = count
         while count >= 64:
             size, budget, _ = self.slots(count)
-            found = self.limited(self.native.flat_bound, size, budget, True, self.extra, work=_WORK)
+            found = self.limited(self.native.flat_bound, size, budget, True, self.extra, work=2 * _WORK)
             if found is not None:
                 self.raise_bound(found)
                 break
             if self.stopped != "work":
-                return
-            count //= 8
+                return False
+            count //= 4
         if self.gap > _GAP and count >= 64:
             found = self.limited(self.native.flat_bound, size, budget, False, self.extra)
             if found is not None:
                 self.flat_bound = max(self.flat_bound, self.least_seconds + self.rounded(found))
+        return count == wanted
 
     def rounded(self, extra: float) -> float:
         """A little below `extra`, a sum in single precision of two terms a block and a few more."""
