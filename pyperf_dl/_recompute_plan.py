@@ -171,6 +171,12 @@ def profile(
 
     Returns:
         ChainProfile: its first and last entries are what lies before and behind the blocks.
+
+    >>> from pyperf_dl import recompute
+    >>> model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)])
+    >>> chain = recompute.profile(model, torch.randn(4, 8))
+    >>> [(block.name, block.output_bytes) for block in chain.blocks[1:-1]]
+    [('0', 128), ('1', 128), ('2', 128)]
     """
     if device not in (None, "meta"):
         raise ValueError(f"{OP}.profile: device must be None, the model's own, or 'meta', got {device!r}")
@@ -193,6 +199,13 @@ def pareto(chain: ChainProfile, points: int = 20) -> list[Schedule]:
 
     Returns:
         list[Schedule]: by budget; each `predicted_peak` and `predicted_time` is a point of the trade.
+
+    >>> from pyperf_dl import recompute
+    >>> chain = recompute.ChainProfile.from_lists(
+    ...     forward=[1] * 4, backward=[2] * 4, output_bytes=[10] * 4, saved_bytes=[50] * 4
+    ... )
+    >>> [(schedule.predicted_peak, schedule.predicted_time) for schedule in recompute.pareto(chain, 3)]
+    [(80, 18.0), (130, 14.0), (220, 12.0)]
     """
     if not isinstance(points, int) or isinstance(points, bool) or points < 2:
         raise ValueError(f"{OP}.pareto: points must be an int >= 2, got {points!r}")
@@ -202,7 +215,15 @@ def pareto(chain: ChainProfile, points: int = 20) -> list[Schedule]:
 
 
 def full_peak(chain: ChainProfile) -> int:
-    """Bytes of a step without recomputation."""
+    """Bytes of a step without recomputation.
+
+    >>> from pyperf_dl import recompute
+    >>> chain = recompute.ChainProfile.from_lists(
+    ...     forward=[1, 1], backward=[2, 2], output_bytes=[10, 10], saved_bytes=[50, 50]
+    ... )
+    >>> recompute.full_peak(chain)
+    120
+    """
     return simulate(chain, keep_everything(chain)).peak
 
 

@@ -269,7 +269,7 @@ class _Trace(NamedTuple):
     buffers: tuple[tuple[str, ...], ...]
     draws: list[bool]  # whether each block draws random numbers
     sent_bytes: list[int]  # of each block, with a link
-    loss_bytes: int  # and its gradient's, which are there until the backward is over
+    loss_bytes: int  # and its gradient's, and what refers to them, until the backward is over
 
 
 def _trace(
@@ -340,7 +340,7 @@ def _trace(
             f"{OP}: what lies behind block {chain.names[-1]} reads something from before block {chain.names[0]}, other "
             "than through the blocks, so that the model is no chain; let a module that holds both be one of the blocks"
         )
-    loss_bytes = 2 * loss.element_size()
+    loss_bytes = 4 * loss.element_size()
     with phase(f"{_BEHIND}:backward"):
         loss.backward(inputs=[*last, *leaves])
     del loss

@@ -127,6 +127,12 @@ def plot_pareto(chain: ChainProfile, schedules: list[Schedule], path: str | Path
         chain: that they were solved for.
         schedules: see `pareto`.
         path: of the picture (needs matplotlib).
+
+    >>> from pyperf_dl import recompute
+    >>> chain = recompute.ChainProfile.from_lists(
+    ...     forward=[1] * 4, backward=[2] * 4, output_bytes=[10] * 4, saved_bytes=[50] * 4
+    ... )
+    >>> recompute.plot_pareto(chain, recompute.pareto(chain), "pareto.svg")  # doctest: +SKIP
     """
     figure = _pyplot("plot_pareto")(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -61,8 +61,8 @@ def solve(
     >>> chain = recompute.ChainProfile.from_lists(
     ...     forward=[1, 1, 1], backward=[2, 2, 2], output_bytes=[10, 10, 10], saved_bytes=[50, 50, 50]
     ... )
-    >>> recompute.solve(chain, 130).replays
-    (1, 0, 0)
+    >>> sum(recompute.solve(chain, 130).replays)
+    1
     """
     op = "recompute.solve"
     _check_profile(op, profile)
@@ -105,6 +105,11 @@ def simulate(profile: ChainProfile, schedule: Schedule | Iterable[Node]) -> Time
 
     Raises:
         ValueError: the nodes are no schedule of this chain.
+
+    >>> from pyperf_dl import recompute
+    >>> chain = recompute.ChainProfile.from_lists(forward=[1], backward=[2], output_bytes=[10], saved_bytes=[50])
+    >>> [(event.what, event.start, event.peak) for event in recompute.simulate(chain, [recompute.Node(0, 0)])]
+    [('history', 0.0, 60), ('backward', 1.0, 60)]
     """
     _check_profile("recompute.simulate", profile)
     nodes = schedule.nodes if isinstance(schedule, Schedule) else tuple(Node(*node) for node in schedule)
@@ -127,6 +132,13 @@ def least_budget(profile: ChainProfile) -> tuple[int, int]:
 
     Returns:
         Bytes of the whole step, `profile.fixed_bytes` included, and the index of the block.
+
+    >>> from pyperf_dl import recompute
+    >>> chain = recompute.ChainProfile.from_lists(
+    ...     forward=[1, 1], backward=[2, 2], output_bytes=[10, 10], saved_bytes=[50, 50]
+    ... )
+    >>> recompute.least_budget(chain)
+    (80, 1)
     """
     _check_profile("recompute.least_budget", profile)
     native = _native()
