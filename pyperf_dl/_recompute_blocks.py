@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._recompute_calls import OP, Call, Leaf, flatten, intercepted, plain_call, tensors_of
 
-Blocks = str | Sequence[str | nn.Module] | None
+Blocks = str | Sequence[str | nn.Module] | nn.ModuleList | nn.Sequential | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
@@ -112,7 +112,7 @@ def _named(model: nn.Module, names: dict[nn.Module, str], blocks: Any) -> list[n
         found = list(container.children())
         if not found:
             raise ValueError(f"{OP}: blocks={blocks!r} must name a module that holds the blocks, it holds none")
-    elif isinstance(blocks, Sequence):
+    elif isinstance(blocks, (Sequence, *_CONTAINERS)):
         found = [_module_of(by_name, names, block) for block in blocks]
     else:
         raise TypeError(

@@ -288,10 +288,6 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
     return frame_bytes(items, own) + max(map(own, segments)) + 2 * measured.random_bytes + _SLACK
 
 
-def _plans_of(model: nn.Module) -> Any:
-    return (m for m in model.modules() if is_intercepted(m))
-
-
 class Plan:
     """A schedule for a model; `print` shows it block by block.
 
@@ -360,13 +356,15 @@ class Plan:
             model = self._model
         if model is None:
             raise ValueError(f"{OP}: a plan that was loaded needs the model: apply(model)")
-        if any(True for _ in _plans_of(model)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+        if any(is_intercepted(module) for module in model.modules()):
             raise ValueError(f"{OP}: model runs another plan; call its remove() first")
         if model is not self._model:
             self._measured = self._measured._replace(chain=self._measured.chain.of(model))
             self._model, self._again = model, None
-        self._attach(self._measured, self.schedule)
         self._model_before, self._plain_model = model._compiled_call_impl, plain_call(model)
+        self._attach(self._measured, self.schedule)
         if model not in self._measured.chain.modules:
             intercept(model, self._call)
         return model
@@ -409,8 +407,9 @@ class Plan:
         ]
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        measuring = self._executor is None
-        if not measuring and torch.is_grad_enabled() and not _are_functorch_transforms_active():
+        if torch.is_grad_enabled() and not _are_functorch_transforms_active():
+            if self._executor is None:  # another plan is being made
+                return self._plain_model(*args, **kwargs)
             self._executor.restart()
             signature = signature_of([args, kwargs])
             if signature != self._signature and self._on_new_shapes != "keep":
@@ -445,6 +444,8 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """What `save` wrote; for `apply(model)`."""
         data = json.loads(Path(path).read_text())
+        if not isinstance(data, dict) or not {"calls", "outputs", "schedule"} <= data.keys():
+            raise ValueError(f"{OP}: path must be a file that Plan.save wrote, {path} is not a plan")
         calls, outputs = (
             tuple(
                 Call(tuple(Leaf(*leaf) for leaf in call["leaves"]), pytree.treespec_loads(call["structure"]))

@@ -169,7 +169,7 @@ def measure(
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
     gradients = sum(t.numel() * t.element_size() for t in job.leaves)
     profile = ChainProfile(
-        (before, *alike, behind),
+        tuple(_with_shared_gradients((before, *alike, behind), trace.reached)),
         storage_bytes(static) + gradients + extra,
         frame,
         str(job.device),
@@ -270,6 +270,7 @@ class _Trace(NamedTuple):
     draws: list[bool]  # whether each block draws random numbers
     sent_bytes: list[int]  # of each block, with a link
     loss_bytes: int  # and its gradient's, and what refers to them, until the backward is over
+    reached: list[list[torch.Tensor]]  # leaves whose gradients came from each block, and from before and behind
 
 
 def _trace(
@@ -283,6 +284,14 @@ def _trace(
     """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
     plain = {module: plain_call(module) for module in chain.modules}
     leaves = job.leaves
+    versions = [t.grad._version for t in leaves]
+    reached: list[list[torch.Tensor]] = []
+
+    def gather() -> None:
+        now = [t.grad._version for t in leaves]
+        reached.append([t for t, a, b in zip(leaves, versions, now, strict=True) if a != b])
+        versions[:] = now
+
     output_bytes: list[int] = []
     sent_bytes: list[int] = []
     draws: list[bool] = []
@@ -308,6 +317,7 @@ def _trace(
         state = State(buffers_of(module), generators)
         block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
         output = block.measured(phase, state, careful)
+        gather()
         if link is not None:
             sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
             sent_bytes.append(sent.nbytes)
@@ -343,14 +353,15 @@ def _trace(
     loss_bytes = 4 * loss.element_size()
     with phase(f"{_BEHIND}:backward"):
         loss.backward(inputs=[*last, *leaves])
+    gather()
     del loss
-    for tensor in last:
-        tensor.grad = None
     held.clear()
     with phase(f"{_BEFORE}:backward"):
         if edges:
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
-    return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes)
+    gather()
+    reached.insert(0, reached.pop())
+    return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes, reached)
 
 
 def _nodes(roots: Sequence[Any]) -> set[Any]:
@@ -445,15 +456,16 @@ class _Seed(torch.autograd.Function):
 
 
 class _Made(torch.autograd.Function):
-    """A tensor cut off from its history as something that was made, which may be changed in place."""
+    """A tensor cut off from its history as something that was made, which may be changed in place; its gradient ends
+    here, for to hand it on from Python would copy it."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
 
 
 def _made(t: torch.Tensor) -> torch.Tensor:
@@ -546,6 +558,21 @@ def _with_offload(
 
 def _phases(k: int) -> tuple[str, str]:
     return f"{k}:offload:history", f"{k}:offload:backward"
+
+
+def _with_shared_gradients(blocks: Sequence[Block], reached: Sequence[Sequence[torch.Tensor]]) -> list[Block]:
+    """What gets gradients from several blocks has their sum held apart from its own, from the first backward until the
+    last one is done."""
+    first = {id(t): k for k, leaves in reversed(list(enumerate(reached))) for t in leaves}
+    made, shared = [], {}
+    for k, block in reversed(list(enumerate(blocks))):
+        more = sum(shared.values())
+        options = [
+            o._replace(history_peak=o.history_peak + more, backward_peak=o.backward_peak + more) for o in block.options
+        ]
+        made.append(block._replace(forward_peak=block.forward_peak + more, options=tuple(options)))
+        shared |= {id(t): t.numel() * t.element_size() for t in reached[k] if first[id(t)] < k}
+    return made[::-1]
 
 
 def _averaged(blocks: Sequence[Block], modules: Sequence[nn.Module]) -> list[Block]:

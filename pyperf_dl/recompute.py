@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         blocks = options.blocks[0] if options.blocks and len(options.blocks) == 1 else options.blocks
         inputs = _inputs(options.inputs, options.device)
         made = plan(model, inputs, budget=options.budget, optimizer=optimizer, blocks=blocks)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(made)
