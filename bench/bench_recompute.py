@@ -245,7 +245,7 @@ def figures_of_plan(at: Planned, _: Any, entry: dict[str, Any]) -> dict[str, flo
         "budget MiB": plan.budget / MIB,
         "% of full": 100 * plan.budget / at.full,
         "peak / budget %": 100 * at.peak / plan.budget,
-        "plan / peak %": 100 * plan.predicted_peak / at.peak,
+        "peak off %": 100 * (plan.predicted_peak / at.peak - 1),
         "plan: \u00d7 floor": predicted,
         "time off %": 100 * (predicted / entry["x_floor"] - 1),
         "steps to plan": at.seconds * 1e3 / entry["floor_ms"],
