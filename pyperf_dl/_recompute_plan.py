@@ -34,7 +34,7 @@ _ON_NEW_SHAPES = ("replan", "error", "keep")
 
 def budget_bytes(budget: int | str, full_peak: int, device: torch.device) -> int:
     """Of a number of bytes, "6GiB", "500 MB", "70%" of the peak without recomputation, or "fit"."""
-    rule = f"{OP}: budget must be bytes, a size such as '6GiB' or '500 MB', a part such as '70%', or 'fit'"
+    rule = f"{OP}: budget must be bytes, a size such as '6GiB' or '500 MB', a part such as '70%', 'fit', or 'least'"
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         raise TypeError(f"{rule}, got {budget!r} of {type(budget).__name__}")
     if isinstance(budget, int):
@@ -80,8 +80,8 @@ def plan(
         model: on the device it trains on, in the mode it trains in; not yet wrapped in DDP or FSDP.
         inputs: of a training step: a tensor, a tuple of arguments, or a dict of keyword arguments.
         budget: the peak of the whole step as the allocator counts it: parameters, gradients, optimizer state, inputs,
-            activations. Bytes, ``"6GiB"``, ``"500 MB"``, ``"70%"`` of the peak without recomputation, or ``"fit"``:
-            what is free on the CUDA device, less 5 % of its memory.
+            activations. Bytes, ``"6GiB"``, ``"500 MB"``, ``"70%"`` of the peak without recomputation, ``"fit"``: what
+            is free on the CUDA device, less 5 % of its memory, or ``"least"``: as little as possible.
         loss_fn: the loss of the model's output. None: the output's ``loss``, or the output itself where it is one
             number, or else the sum of the means of its tensors.
         optimizer: whose state counts; or bytes. None: none.
@@ -232,6 +232,9 @@ def _solved(
 ) -> tuple[int, Schedule]:
     """The budget in bytes, and a schedule that fits in it with what its segments hold to be run again."""
     chain, held = measured.profile, 0
+    if isinstance(budget, str) and budget.strip().lower() == "least":
+        schedule, _ = _least(measured, time_limit)
+        return schedule.predicted_peak, schedule
     amount = budget_bytes(budget, full_peak(chain), device)
     for _ in range(_TRIES):
         try:
@@ -242,16 +245,22 @@ def _solved(
         if schedule.predicted_peak + needed <= amount:
             return amount, dataclasses.replace(schedule, predicted_peak=schedule.predicted_peak + needed)
         held = max(needed, held + 1)
-    chain = _without_offload(chain, range(len(chain)))
-    least, block = least_budget(chain)
-    schedule = solve(chain, least, time_limit=time_limit)
-    least += _held_bytes(measured, schedule)
+    schedule, block = _least(measured, time_limit)
+    least = schedule.predicted_peak
     if least <= amount:
-        return amount, dataclasses.replace(schedule, predicted_peak=least)
+        return amount, schedule
     raise ValueError(
         f"{OP}: budget must be at least {least} bytes ({shown_bytes(least)}), which block "
         f"{chain.blocks[block].name} needs, got {budget!r} ({amount} bytes)"
     )
+
+
+def _least(measured: Measured, time_limit: float | None) -> tuple[Schedule, int]:
+    """A schedule with the least peak, and the block that decides it."""
+    chain = _without_offload(measured.profile, range(len(measured.profile)))
+    least, block = least_budget(chain)
+    schedule = solve(chain, least, time_limit=time_limit)
+    return dataclasses.replace(schedule, predicted_peak=least + _held_bytes(measured, schedule)), block
 
 
 def _solved_for_execution(chain: ChainProfile, amount: int, time_limit: float | None) -> Schedule:
