@@ -10,13 +10,16 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .._recompute_chain import ChainProfile, Event, Node, Option, Timeline
+if TYPE_CHECKING:
+    from .._recompute_chain import ChainProfile, Node, Option, Timeline
 
 
 def simulate(profile: ChainProfile, nodes: Iterable[Node]) -> Timeline:
     """Every event of a schedule, its peaks with `ChainProfile.fixed_bytes`; ValueError where nodes are no schedule."""
+    from .._recompute_chain import Event, Timeline
+
     blocks, events, ran, waiting = profile.blocks, [], set(), iter(nodes)
     now = 0.0
 
@@ -93,6 +96,8 @@ def optimum(
     For blocks s, ..., t a list of (bytes, seconds, split, option) in which bytes rise and seconds fall: a step function
     of the memory. Above a resolution of 1 byte, sizes are rounded up to multiples of it.
     """
+    from .._recompute_chain import Node
+
     length, blocks = len(profile), profile.blocks
 
     def up(size: int) -> int:
@@ -138,6 +143,8 @@ def optimum(
 
 def least_memory(profile: ChainProfile) -> list[Node]:
     """Nodes of a persistent schedule with the least peak."""
+    from .._recompute_chain import Node
+
     length, blocks = len(profile), profile.blocks
     best: dict[tuple[int, int], tuple[int, int | None, int]] = {}
     for t, back in itertools.product(range(length), range(length)):
@@ -225,7 +232,7 @@ def random_chain(length: int, seed: int, options: int = 1) -> ChainProfile:
     """A chain of unlike blocks, the same for the same seed."""
     import random
 
-    from .._recompute_chain import Block
+    from .._recompute_chain import Block, ChainProfile, Option
 
     draw = random.Random(seed)
     blocks, before = [], 0
