@@ -116,6 +116,12 @@ def profile_of(name: str, size: str, device: str) -> recompute.ChainProfile:
     return recompute.profile(trainer.model, trainer.inputs, blocks="blocks")
 
 
+@functools.cache
+def least_plan(name: str, size: str, device: str) -> recompute.Plan:
+    trainer = plain(name, size, device)
+    return recompute.plan(trainer.model, trainer.inputs, budget="least", blocks="blocks")
+
+
 def difference(one: Trainer, other: Trainer, state: bool) -> float:
     """Of loss and gradients of a step from the same buffers; with `state`, of what it leaves, too."""
     other.model.load_state_dict(one.model.state_dict())
@@ -211,9 +217,8 @@ class Planned:
 def budget_of(spec: Spec) -> int:
     if isinstance(spec.budget, str):
         return peak_by_hand(spec.budget, *spec.model)
-    profile = profile_of(*spec.model)
-    least = recompute.least_budget(profile)[0]
-    return least + int(spec.budget * (recompute.full_peak(profile) - least))
+    plan = least_plan(*spec.model)
+    return plan.budget + int(spec.budget * (recompute.full_peak(plan.profile) - plan.budget))
 
 
 def planned(spec: Spec, _: torch.Generator) -> Planned:

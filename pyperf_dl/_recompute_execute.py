@@ -68,11 +68,11 @@ def _moved(items: Sequence[Kept | Segment]) -> tuple[Kept | Segment, ...]:
 
 
 def frame_bytes(items: Sequence[Kept | Segment], own: Callable[[Segment], int]) -> int:
-    """The most that segments hold to be run again, `own` of each: from its forward to its backward, and while it runs
-    again twice, beside those within it."""
+    """The most that segments hold at a time, `own` of each: from its forward to its backward, those within it while it
+    runs again."""
     segments = [item for item in items if isinstance(item, Segment)]
-    within = max((own(segment) + frame_bytes(segment.items, own) for segment in segments), default=0)
-    return within + sum(own(segment) for segment in segments)
+    within = max((frame_bytes(segment.items, own) for segment in segments), default=0)
+    return within + sum(map(own, segments))
 
 
 class Executor:

@@ -28,7 +28,6 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
 _STATE = ("state_bytes", "draws", "random_bytes")
 _TRIES = 3
-_SLACK = 1024  # bytes, for scalars that a step holds
 _ON_NEW_SHAPES = ("replan", "error", "keep")
 
 
@@ -50,7 +49,8 @@ def budget_bytes(budget: int | str, full_peak: int, device: torch.device) -> int
         unit = match.group(2).lower() if match else "?"
         if unit != "%" and unit not in _UNITS:
             raise ValueError(f"{rule}, got {budget!r}")
-        amount = int(float(match.group(1)) * (full_peak / 100 if unit == "%" else _UNITS[unit]))
+        number = float(match.group(1))
+        amount = round(number * full_peak / 100) if unit == "%" else int(number * _UNITS[unit])
     if amount <= 0:
         raise ValueError(f"{rule}, and > 0, got {budget!r}")
     return amount
@@ -293,8 +293,9 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
     segments = [item for item in items if isinstance(item, Segment)]
     if not segments:
         return 0
-    # One that has run is released a little after the next one has begun, which looks at all generators.
-    return frame_bytes(items, own) + max(map(own, segments)) + 2 * measured.random_bytes + _SLACK
+    # While one runs again, it holds the state of before, too; one that has run is released when the next one has begun,
+    # which looks at all generators.
+    return frame_bytes(items, own) + 2 * max(map(own, segments)) + 2 * measured.random_bytes
 
 
 class Plan:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from ._recompute_memory import FakeRecorder, MemoryRecorder, storage_bytes
 from ._recompute_offload import HostLink, offload_seconds
 
 _BEFORE, _BEHIND = "before the blocks", "behind the blocks"
+_SCALARS = 1024  # bytes of numbers that operators turn into tensors
 _REPETITIONS = 3  # with the pass that finds the blocks, and that of bytes, five steps
 
 
@@ -149,28 +151,26 @@ def measure(
                         trace = _trace(job, chain, recorder.phase, generators, link, careful=True)
                     state.set()
                     times = {}
-                    for _ in range(_REPETITIONS):
+                    for turn in range(_REPETITIONS):
                         advance("times")
-                        _trace(job, chain, _Timer(job.device, times).phase, generators, link)
+                        chosen = _chosen(_alike(chain, trace, recorder.usages), turn)
+                        _trace(job, chain, _Timer(job.device, times).phase, generators, chosen=chosen)
                         state.set()
                     frame, buffers = _frame_seconds(job.device), trace.buffers
         finally:
             state.set()
     usages = recorder.usages
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    measured = [
-        _block(chain.names[k], str(k), usages, seconds, trace.output_bytes[k], True) for k in range(len(chain.names))
-    ]
-    alike = _averaged(measured, chain.modules)
+    seconds = _seconds(times, _alike(chain, trace, usages), frame)
+    inner = [_block(name, str(k), usages, seconds, trace.output_bytes[k], True) for k, name in enumerate(chain.names)]
     if link is not None:
-        alike = _with_offload(alike, trace.sent_bytes, usages, link)
+        inner = _with_offload(inner, trace.sent_bytes, usages, link)
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
     behind = _block(_BEHIND, _BEHIND, usages, seconds, trace.loss_bytes, False)
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
     gradients = sum(t.numel() * t.element_size() for t in job.leaves)
     profile = ChainProfile(
-        tuple(_with_shared_gradients((before, *alike, behind), trace.reached)),
-        storage_bytes(static) + gradients + extra,
+        tuple(_with_shared_gradients((before, *inner, behind), trace.reached)),
+        storage_bytes(static) + gradients + extra + _SCALARS,
         frame,
         str(job.device),
         signature_of([job.args, job.kwargs]),
@@ -280,6 +280,7 @@ def _trace(
     generators: Sequence[torch.Generator],
     link: HostLink | None = None,
     careful: bool = False,
+    chosen: Collection[int] | None = None,
 ) -> _Trace:
     """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
     plain = {module: plain_call(module) for module in chain.modules}
@@ -316,7 +317,7 @@ def _trace(
         inputs.extend(weakref.ref(t) for t in tensors_of([args, kwargs]))
         state = State(buffers_of(module), generators)
         block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
-        output = block.measured(phase, state, careful)
+        output = block.measured(phase, state, careful) if chosen is None else block.timed(phase, k in chosen)
         gather()
         if link is not None:
             sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
@@ -329,7 +330,7 @@ def _trace(
             last.extend(t for t in tensors_of(output) if t.requires_grad)
             output = torch.utils._pytree.tree_map_only(torch.Tensor, _made, output)
             # What a caller of blocks still holds must not count as released by what lies behind them.
-            held.extend([args, kwargs, *(reference() for reference in inputs)])
+            held.extend([state, block, args, kwargs, *(reference() for reference in inputs)])
             running.enter_context(phase(f"{_BEHIND}:history"))
         return output
 
@@ -406,6 +407,17 @@ class _CalledBlock:
             self.draws = state.drew()
             state.set()
         self.trained(phase, check=values if careful else None)
+        return values
+
+    def timed(self, phase: Callable[[str], Any], chosen: bool) -> Any:
+        """The same, with times instead of bytes, where it is chosen: with history, and as a segment of its own."""
+        with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, self._call())
+        if chosen:
+            self.trained(phase)
+            plain, self._run = self._run, functools.partial(checkpoint, self._run, use_reentrant=False)
+            self.trained(phase, option=":again")
+            self._run = plain
         return values
 
     def trained(
@@ -575,27 +587,39 @@ def _with_shared_gradients(blocks: Sequence[Block], reached: Sequence[Sequence[t
     return made[::-1]
 
 
-def _averaged(blocks: Sequence[Block], modules: Sequence[nn.Module]) -> list[Block]:
-    """Blocks of one class with the same bytes and parameters take the same time: the median of what they took."""
-
-    def kind(block: Block, module: nn.Module) -> Any:
-        sizes = [(o.saved_bytes, o.history_peak, o.backward_peak) for o in block.options]
+def _alike(chain: Chain, trace: _Trace, usages: dict[str, Any]) -> list[list[int]]:
+    """Blocks of one class with the same bytes and parameters, which take the same time."""
+    found: dict[Any, list[int]] = {}
+    for k, module in enumerate(chain.modules):
+        sizes = tuple(usages[f"{k}:{what}"] for what in ("forward", "history", "release", "backward"))
         shapes = tuple(p.shape for p in module.parameters())
-        return type(module), block.output_bytes, block.forward_peak, tuple(sizes), shapes
+        found.setdefault((type(module), trace.output_bytes[k], sizes, shapes), []).append(k)
+    return list(found.values())
 
-    alike: dict[Any, list[Block]] = {}
-    kinds = [kind(block, module) for block, module in zip(blocks, modules, strict=True)]
-    for block, key in zip(blocks, kinds, strict=True):
-        alike.setdefault(key, []).append(block)
-    made = []
-    for block, key in zip(blocks, kinds, strict=True):
-        same = alike[key]
-        option = block.options[0]._replace(
-            forward=statistics.median(b.options[0].forward for b in same),
-            backward=statistics.median(b.options[0].backward for b in same),
-        )
-        made.append(block._replace(forward=statistics.median(b.forward for b in same), options=(option,)))
-    return made
+
+def _chosen(alike: Sequence[Sequence[int]], turn: int) -> set[int]:
+    """Some of each kind, others each time; about a third of the blocks, since each takes three times as long."""
+    count = max(1, sum(map(len, alike)) // (3 * len(alike)))
+    return {kind[(turn * count + i) % len(kind)] for kind in alike for i in range(count)}
+
+
+def _seconds(times: dict[str, list[float]], alike: Sequence[Sequence[int]], frame: float) -> dict[str, float]:
+    """Medians, of a kind together. A forward that keeps nothing takes what a checkpoint adds to a block with history,
+    but for what each checkpoint costs."""
+    found = {name: statistics.median(values) for name, values in times.items()}
+    for kind in alike:
+
+        def median(what: str, kind: Sequence[int] = kind) -> float:
+            return statistics.median(seconds for k in kind for seconds in times.get(f"{k}:{what}", ()))
+
+        history, backward = median("history"), median("backward")
+        if any(f"{k}:again:history" in times for k in kind):
+            forward = max(0.0, median("again:history") + median("again:backward") - history - backward - frame)
+        else:
+            forward = median("forward")
+        for k in kind:
+            found |= {f"{k}:forward": forward, f"{k}:history": history, f"{k}:backward": backward}
+    return found
 
 
 def _frame_seconds(device: torch.device) -> float:

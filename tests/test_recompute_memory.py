@@ -210,8 +210,11 @@ def test_storage_bytes_counts_a_storage_once():
 def test_steps_of_models_as_a_tracker_of_storages_has_them(name):
     """What is left is the same to the byte, but for constants of 8 bytes that are no operator's outputs, and buffers
     that are replaced; the peak may be higher by what an operator takes inside."""
-    slack = {"encoder": 64, "ragged": 8, "power": 256}.get(name, 0)
     case = CASES[name]()
+    replaced = 4 * sum(
+        b.nbytes for b in case.model.buffers()
+    )  # the profiler does not see that the old ones are released
+    slack = {"encoder": 64, "ragged": 8, "power": replaced}.get(name, 0)
     parameters = list(case.model.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)
