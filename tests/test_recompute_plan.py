@@ -76,7 +76,7 @@ GRID = {
     "resnet": lambda: resnet(batch=8, size=32, depths=(3, 3, 3)),
     "encoder": lambda: encoder(length=64, dim=64, layers=8),
     "albert": lambda: albert(batch=4, length=32, dim=64, repeats=8),
-    "power": lambda: power(batch=4096, dim=32, layers=8),
+    "power": lambda: power(batch=2048, dim=32, layers=8),
     "ragged": lambda: ragged(batch=512, dim=32),
 }
 
