@@ -47,7 +47,7 @@ def budget_bytes(budget: int | str, full_peak: int, device: torch.device) -> int
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[a-zA-Z]*)\s*", budget)
         unit = match.group(2).lower() if match else "?"
-        if unit != "%" and unit not in _UNITS:
+        if (unit != "%" and unit not in _UNITS) or float(match.group(1)) > 1e15:
             raise ValueError(f"{rule}, got {budget!r}")
         number = float(match.group(1))
         amount = round(number * full_peak / 100) if unit == "%" else int(number * _UNITS[unit])

@@ -128,6 +128,9 @@ def measure(
 ) -> Measured:
     """Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
     buffers and gradients, and the generators are left as they were."""
+    if not isinstance(generators, Sequence) or not all(isinstance(g, torch.Generator) for g in generators):
+        got = [type(g).__name__ for g in generators] if isinstance(generators, Sequence) else type(generators).__name__
+        raise TypeError(f"{OP}: generators must be a sequence of torch.Generator, got {got}")
     extra = optimizer_bytes(job.model, optimizer)
     generators = generators_of(job.device, generators)
     state = State(buffers_of(job.model), generators)
