@@ -431,8 +431,16 @@ class _CalledBlock:
         check: Any = None,
     ) -> Any:
         """A forward with history, and its backward; what the context gave."""
-        with phase(f"{self._label}{option}:history"), context() as given:
-            output = self._call()
+        try:
+            with phase(f"{self._label}{option}:history"), context() as given:
+                output = self._call()
+        except RuntimeError as error:
+            if check is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"{OP}: block {self._name} can't run again with the same input: it has a side effect, such as a cache of "
+                f"keys and values (use_cache=False); leave it out of blocks. What it raised: {error}"
+            ) from error
         if check is not None:
             pairs = zip(tensors_of(check), tensors_of(output), strict=True)
             if not all(same_bits(a, b) for a, b in pairs):
