@@ -438,8 +438,8 @@ class _CalledBlock:
             if check is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"{OP}: block {self._name} can't run again with the same input: it has a side effect, such as a cache of "
-                f"keys and values (use_cache=False); leave it out of blocks. What it raised: {error}"
+                f"{OP}: block {self._name} can't run again with the same input: it has a side effect, such as a cache "
+                f"of keys and values (use_cache=False); leave it out of blocks. What it raised: {error}"
             ) from error
         if check is not None:
             pairs = zip(tensors_of(check), tensors_of(output), strict=True)
