@@ -156,7 +156,7 @@ def profile(
 ) -> ChainProfile:
     """Times and bytes of a model's chain of blocks.
 
-    Five forwards and four backwards, of which none keeps the activations of more than one block. The model, its
+    Nine forwards and four backwards of each block, of which none keeps the activations of more than one. The model, its
     buffers, gradients and mode, and the generators are left as they were. Times are medians over the steps, and over
     blocks that are alike; bytes are the allocator's own, see `peak_memory`.
 

@@ -116,7 +116,7 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     schedule.set_xlabel("ms")
     schedule.set_ylabel("block")
     schedule.invert_yaxis()
-    schedule.legend(loc="upper right")
+    schedule.legend(loc="upper center")  # between the forward and the backward
     figure.savefig(path)
 
 
