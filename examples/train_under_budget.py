@@ -373,7 +373,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             color="#c2185b", marker="o", ls="", label="plans, measured",
         )  # fmt: skip
         axes.set(title=f"{outcome.name}, {len(outcome.chain) - 2} blocks", xlabel="peak / peak without recompute")
-        axes.set_xlim(0, 1.05)
+        axes.set(xlim=(0, 1.05), ylim=(0.95, 1.9))  # at the least budgets times go far up
         axes.grid(True, color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("time / time without recompute")
