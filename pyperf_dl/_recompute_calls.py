@@ -69,6 +69,16 @@ def signature_of(value: Any) -> str:
     )
 
 
+def signature_of_call(args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> str:
+    """Of the inputs, and of autocast, which decides what is saved."""
+    dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+    return f"autocast {dtype}; " * is_autocast(device) + signature_of([args, kwargs])
+
+
+def is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def plain_call(module: nn.Module) -> Callable[..., Any]:
     """What calling the module does, compiled or not, whatever takes its place afterwards."""
     compiled = module._compiled_call_impl

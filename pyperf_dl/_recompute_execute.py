@@ -108,6 +108,8 @@ class Executor:
         parameters = (p for module in modules for p in module.parameters())
         device = next((p.device for p in parameters), torch.device("cpu"))
         self.generators, self.options = generators_of(device, generators), options
+        # Autocast holds what it cast of parameters until it is left. A module that comes again may have use for it.
+        self._forgets_casts = len(set(self.modules)) == len(self.modules)
         self._plain = {module: plain_call(module) for module in self.modules}
         self._before = {module: module._compiled_call_impl for module in self.modules}
         self._places: dict[nn.Module, list[int]] = {}
@@ -231,6 +233,8 @@ class Executor:
                 args, kwargs = self.calls[item.block].arguments(previous, outer)
                 output = self._kept(item, args, kwargs)
                 del args, kwargs
+                if self._forgets_casts:
+                    torch.clear_autocast_cache()
             else:
                 output = self._segment(item, previous, outer)
         return output

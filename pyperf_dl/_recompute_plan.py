@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
-from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of
+from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of_call
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
 from ._recompute_execute import Executor, Options, Segment, frame_bytes, items_of_model
 from ._recompute_offload import HostLink
@@ -421,7 +421,7 @@ class Plan:
             if self._executor is None:  # another plan is being made
                 return self._plain_model(*args, **kwargs)
             self._executor.restart()
-            signature = signature_of([args, kwargs])
+            signature = signature_of_call(args, kwargs, next(self._model.parameters()).device)
             if signature != self._signature and self._on_new_shapes != "keep":
                 self._renew(signature, args, kwargs)
         return self._plain_model(*args, **kwargs)

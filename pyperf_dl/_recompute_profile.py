@@ -28,6 +28,7 @@ from ._recompute_calls import (
     plain_call,
     same_bits,
     signature_of,
+    signature_of_call,
     tensors_of,
 )
 from ._recompute_chain import Block, ChainProfile, Option
@@ -176,7 +177,7 @@ def measure(
         storage_bytes(static) + gradients + extra + _SCALARS,
         frame,
         str(job.device),
-        signature_of([job.args, job.kwargs]),
+        signature_of_call(job.args, job.kwargs, job.device),
     )
     random_bytes = sum(g.get_state().nbytes for g in generators) if job.device.type == "cpu" else 0
     changed = (buffers_named(m, names) for m, names in zip(chain.modules, buffers, strict=True))
@@ -402,6 +403,7 @@ class _CalledBlock:
 
     def measured(self, phase: Callable[[str], Any], state: State, careful: bool) -> Any:
         """The output, cut off from its history. careful: both forwards must give the same."""
+        torch.clear_autocast_cache()
         with torch.autograd.graph.saved_tensors_hooks(_drop, _drop), phase(f"{self._label}:forward"):
             output = self._call()
         values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
@@ -431,6 +433,7 @@ class _CalledBlock:
         check: Any = None,
     ) -> Any:
         """A forward with history, and its backward; what the context gave."""
+        torch.clear_autocast_cache()  # what a run before has cast is this one's to cast
         try:
             with phase(f"{self._label}{option}:history"), context() as given:
                 output = self._call()

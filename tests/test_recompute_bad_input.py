@@ -154,7 +154,7 @@ X = torch.ones(4, 8)
 # model, arguments of plan, class of the error, message
 CASES = {
     "no module": (lambda: (lambda x: x), {}, TypeError, r"model must be a torch\.nn\.Module, got function"),
-    "budget too small": (Model, {"budget": 1000}, ValueError, r"must be at least .* \(.+\) needs, got 1000"),
+    "budget too small": (Model, {"budget": 1000}, ValueError, r"must be at least .* needs, got 1000"),
     "budget without sense": (Model, {"budget": "much"}, ValueError, r"budget must be .*'6GiB'.*got 'much'"),
     "budget of an unknown unit": (Model, {"budget": "6 GOB"}, ValueError, r"budget must be .*got '6 GOB'"),
     "budget < 0": (Model, {"budget": -5}, ValueError, r"budget must be .*> 0, got -5"),
@@ -247,7 +247,7 @@ def test_a_plan_for_another_model():
 
 def test_a_model_that_calls_its_blocks_in_another_order_afterwards():
     model = Model()
-    plan = recompute.plan(model, X, budget="98%")
+    plan = recompute.plan(model, X, budget="least")
     plan.apply()
     order = list(model.layers)
     model.layers = nn.ModuleList([order[1], order[0], *order[2:]])
