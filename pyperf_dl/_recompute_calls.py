@@ -141,15 +141,15 @@ class State:
         for generator, state in zip(self.generators, self._states, strict=True):
             generator.set_state(state)
 
-    def drew(self) -> bool:
-        """Whether a generator is not as it was. Those that are, are forgotten."""
+    def drew(self) -> int:
+        """Forgets the generators that are as they were; bytes of the others' states."""
         moved = [
             (generator, state)
             for generator, state in zip(self.generators, self._states, strict=True)
             if not torch.equal(generator.get_state(), state)
         ]
         self.generators, self._states = tuple(g for g, _ in moved), [state for _, state in moved]
-        return bool(moved)
+        return sum(state.nbytes for state in self._states)
 
     def changed(self) -> list[tuple[nn.Module, str]]:
         """The buffers that are not as they were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import gc
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,7 @@ class MemoryRecorder:
         self._profile: Any = None
 
     def __enter__(self) -> MemoryRecorder:
+        gc.collect()  # what waits for it would count as released in between
         if self.device.type != "cuda":
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each session writes lines to stderr
             # torch.profiler would make a Python object of each event, which takes longer than the step.

@@ -26,7 +26,7 @@ from ._recompute_solver import least_budget, simulate, solve
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
-_STATE = ("state_bytes", "draws", "random_bytes")
+_STATE = ("state_bytes", "drawn_bytes", "random_bytes")
 _TRIES = 3
 _ON_NEW_SHAPES = ("replan", "error", "keep")
 
@@ -287,7 +287,8 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
 
     def own(segment: Segment) -> int:
         blocks = slice(segment.first, segment.end)
-        return sum(measured.state_bytes[blocks]) + measured.random_bytes * any(measured.draws[blocks])
+        random = min(sum(measured.drawn_bytes[blocks]), measured.random_bytes)
+        return sum(measured.state_bytes[blocks]) + random
 
     items = items_of_model(schedule)
     segments = [item for item in items if isinstance(item, Segment)]

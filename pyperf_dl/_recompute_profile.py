@@ -47,7 +47,7 @@ class Measured(NamedTuple):
     chain: Chain
     buffers: tuple[tuple[str, ...], ...]  # names of those that each block changes
     state_bytes: tuple[int, ...]  # of these
-    draws: tuple[bool, ...]  # whether each block draws random numbers
+    drawn_bytes: tuple[int, ...]  # of the states of generators that each block draws from
     random_bytes: int  # of the generators' states, where they lie on the device
 
 
@@ -186,7 +186,7 @@ def measure(
         chain,
         buffers,
         tuple(storage_bytes(m._buffers[n] for m, n in c) for c in changed),
-        tuple(trace.draws),
+        tuple(trace.drawn_bytes),
         random_bytes,
     )
 
@@ -271,7 +271,7 @@ class _Trace(NamedTuple):
     output_bytes: list[int]
     input_bytes: int  # of what the first block reads
     buffers: tuple[tuple[str, ...], ...]
-    draws: list[bool]  # whether each block draws random numbers
+    drawn_bytes: list[int]  # of the states of generators that each block draws from
     sent_bytes: list[int]  # of each block, with a link
     loss_bytes: int  # and its gradient's, and what refers to them, until the backward is over
     reached: list[list[torch.Tensor]]  # leaves whose gradients came from each block, and from before and behind
@@ -299,7 +299,7 @@ def _trace(
 
     output_bytes: list[int] = []
     sent_bytes: list[int] = []
-    draws: list[bool] = []
+    drawn_bytes: list[int] = []
     buffers: list[tuple[str, ...]] = []
     edges: list[Any] = []  # between what lies before the blocks, and the first one
     input_bytes = 0
@@ -329,7 +329,7 @@ def _trace(
         output_bytes.append(storage_bytes(tensors_of(output)))
         paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
         buffers.append(tuple(paths[m] + name for m, name in state.changed()) if careful else ())
-        draws.append(block.draws)
+        drawn_bytes.append(block.drawn_bytes)
         if k + 1 == len(chain.modules):
             last.extend(t for t in tensors_of(output) if t.requires_grad)
             output = torch.utils._pytree.tree_map_only(torch.Tensor, _made, output)
@@ -366,7 +366,7 @@ def _trace(
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
     gather()
     reached.insert(0, reached.pop())
-    return _Trace(output_bytes, input_bytes, tuple(buffers), draws, sent_bytes, loss_bytes, reached)
+    return _Trace(output_bytes, input_bytes, tuple(buffers), drawn_bytes, sent_bytes, loss_bytes, reached)
 
 
 def _nodes(roots: Sequence[Any]) -> set[Any]:
@@ -382,9 +382,10 @@ def _nodes(roots: Sequence[Any]) -> set[Any]:
 
 
 class _CalledBlock:
-    """A block with the arguments of its call, cut off from their history; `draws`: whether it draws random numbers."""
+    """A block with the arguments of its call, cut off from their history; `drawn_bytes`: of the states of generators
+    that it draws from."""
 
-    draws = False
+    drawn_bytes = 0
 
     def __init__(
         self,
@@ -409,7 +410,7 @@ class _CalledBlock:
         values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, output)
         del output
         if careful:
-            self.draws = state.drew()
+            self.drawn_bytes = state.drew()
             state.set()
         self.trained(phase, check=values if careful else None)
         return values
