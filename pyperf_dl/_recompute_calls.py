@@ -71,8 +71,10 @@ def signature_of(value: Any) -> str:
 
 def signature_of_call(args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> str:
     """Of the inputs, and of autocast, which decides what is saved."""
-    dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
-    return f"autocast {dtype}; " * is_autocast(device) + signature_of([args, kwargs])
+    signature = signature_of([args, kwargs])
+    if not is_autocast(device):
+        return signature
+    return f"autocast {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}; {signature}"
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -256,11 +256,15 @@ def _solved(
 
 
 def _least(measured: Measured, time_limit: float | None) -> tuple[Schedule, int]:
-    """A schedule with the least peak, and the block that decides it."""
+    """A schedule with the least peak, and the block that decides it. Segments in segments hold more to be run again, so
+    that the least peak of the chain alone need not be the least."""
     chain = _without_offload(measured.profile, range(len(measured.profile)))
     least, block = least_budget(chain)
-    schedule = solve(chain, least, time_limit=time_limit)
-    return dataclasses.replace(schedule, predicted_peak=least + _held_bytes(measured, schedule)), block
+    room = full_peak(chain) - least
+    found = [solve(chain, least + round(part * room), time_limit=time_limit) for part in (0, 0.02, 0.05, 0.1, 0.2, 1)]
+    peaks = [schedule.predicted_peak + _held_bytes(measured, schedule) for schedule in found]
+    best = min(range(len(found)), key=peaks.__getitem__)
+    return dataclasses.replace(found[best], predicted_peak=peaks[best]), block
 
 
 def _solved_for_execution(chain: ChainProfile, amount: int, time_limit: float | None) -> Schedule:

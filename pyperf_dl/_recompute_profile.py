@@ -335,9 +335,11 @@ def _trace(
             output = torch.utils._pytree.tree_map_only(torch.Tensor, _made, output)
             # What a caller of blocks still holds must not count as released by what lies behind them.
             held.extend([state, block, args, kwargs, *(reference() for reference in inputs)])
+            torch.clear_autocast_cache()
             running.enter_context(phase(f"{_BEHIND}:history"))
         return output
 
+    torch.clear_autocast_cache()
     with intercepted(chain.modules, call):
         running.enter_context(phase(f"{_BEFORE}:history"))
         try:

@@ -63,7 +63,7 @@ def step(model, inputs):
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, bert, vit], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("fraction", [0.0, 0.5])
+@pytest.mark.parametrize("fraction", [0.05, 0.5])
 def test_the_same_bits_within_the_budget(make, fraction):
     torch.manual_seed(0)
     model = make().train()
