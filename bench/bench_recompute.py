@@ -216,7 +216,7 @@ class Planned:
 
 def budget_of(spec: Spec) -> int:
     if isinstance(spec.budget, str):
-        return peak_by_hand(spec.budget, *spec.model)
+        return peak_by_hand(spec.budget, *spec.model) * 1001 // 1000  # a plan allows for a few kilobytes more
     plan = least_plan(*spec.model)
     return plan.budget + int(spec.budget * (recompute.full_peak(plan.profile) - plan.budget))
 

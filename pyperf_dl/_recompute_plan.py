@@ -298,9 +298,8 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
     segments = [item for item in items if isinstance(item, Segment)]
     if not segments:
         return 0
-    # While one runs again, it holds the state of before, too; one that has run is released when the next one has begun,
-    # which looks at all generators.
-    return frame_bytes(items, own) + 2 * max(map(own, segments)) + 2 * measured.random_bytes
+    # While one runs again, it holds the state of before, too; one that has run looks at all generators.
+    return frame_bytes(items, own) + max(map(own, segments)) + measured.random_bytes
 
 
 class Plan:
