@@ -168,6 +168,28 @@ def overlaps(t: torch.Tensor) -> bool:
     return torch._debug_has_internal_overlap(t) == 1
 
 
+class Replay:
+    """Runs something for the first time, and again as then: with the buffers and generators of the first time, and
+    leaves them as they were before."""
+
+    def __init__(self, buffers: Sequence[tuple[nn.Module, str]], generators: Sequence[torch.Generator]) -> None:
+        self._buffers, self._generators = buffers, generators
+        self._state: State | None = None
+
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        if self._state is None:
+            self._state = State(self._buffers, self._generators)
+            output = run()
+            self._state.drew()
+            return output
+        now = State(self._state.buffers, self._state.generators)
+        self._state.set()
+        try:
+            return run()
+        finally:
+            now.set()
+
+
 def _bits(t: torch.Tensor) -> torch.Tensor:
     """So that NaNs equal themselves."""
     return t.detach().contiguous().view(-1).view(torch.uint8) if t.numel() else t

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ._autograd import _are_functorch_transforms_active
-from ._recompute_calls import Call, State, buffers_named, flatten, generators_of, intercept, plain_call
+from ._recompute_calls import Call, Replay, buffers_named, flatten, generators_of, intercept, plain_call
 from ._recompute_chain import Node, Schedule
 
 # For each block and option, of its index, the module and its inputs.
@@ -254,8 +254,9 @@ class _Frame:
         self._previous = sorted(i for i in read if isinstance(previous[i], torch.Tensor))
         self._outer = sorted(i for i in read_outer if isinstance(outer[i], torch.Tensor))
         self._constants = {i: previous[i] for i in read if i not in self._previous}
-        self._state: State | None = None
-        self._tensors: list[tuple[dict[str, Any], str, Any]] = []
+        buffers = [key for k in range(segment.first, segment.end) for key in executor.buffers[k]]
+        self._replay = Replay(buffers, executor.generators)
+        self._tensors: list[tuple[dict[str, Any], str, Any]] | None = None
 
     def tensors(self, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> list[torch.Tensor]:
         return [*(previous[i] for i in self._previous), *(outer[i] for i in self._outer)]
@@ -265,23 +266,14 @@ class _Frame:
         previous = dict(zip(self._previous, tensors[:count], strict=True)) | self._constants
         outer = dict(zip(self._outer, tensors[count:], strict=True))
         del tensors
-        run = self._executor.run_items
-        if self._state is None:
-            self._state, self._tensors = self._now(), self._current_tensors()
-            output = run(self._segment.items, previous, outer)
-            self._state.drew()
-            return output
-        now = State(self._state.buffers, self._state.generators)
-        self._state.set()
-        try:
-            with _tensors_set(self._tensors):
-                return run(self._segment.items, previous, outer)
-        finally:
-            now.set()
+        if self._tensors is None:
+            self._tensors = self._current_tensors()
 
-    def _now(self) -> State:
-        executor, blocks = self._executor, range(self._segment.first, self._segment.end)
-        return State([key for k in blocks for key in executor.buffers[k]], executor.generators)
+        def run() -> Any:
+            with _tensors_set(self._tensors):
+                return self._executor.run_items(self._segment.items, previous, outer)
+
+        return self._replay(run)
 
     def _current_tensors(self) -> list[tuple[dict[str, Any], str, Any]]:
         """What `torch.func.functional_call` may have put in the place of parameters and buffers. Sharded ones are their

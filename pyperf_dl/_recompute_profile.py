@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ._recompute_blocks import Blocks, Chain, find_chain
 from ._recompute_calls import (
     OP,
+    Replay,
     State,
     buffers_named,
     buffers_of,
@@ -158,7 +159,14 @@ def measure(
                     for turn in range(_REPETITIONS):
                         advance("times")
                         chosen = _chosen(_alike(chain, trace, recorder.usages), turn)
-                        _trace(job, chain, _Timer(job.device, times).phase, generators, chosen=chosen)
+                        _trace(
+                            job,
+                            chain,
+                            _Timer(job.device, times).phase,
+                            generators,
+                            chosen=chosen,
+                            changed=trace.buffers,
+                        )
                         state.set()
                     frame, buffers = _frame_seconds(job.device), trace.buffers
         finally:
@@ -285,6 +293,7 @@ def _trace(
     link: HostLink | None = None,
     careful: bool = False,
     chosen: Collection[int] | None = None,
+    changed: Sequence[Sequence[str]] = (),
 ) -> _Trace:
     """A forward and a backward, in which each block is measured when the model calls it, on inputs that are cut off."""
     plain = {module: plain_call(module) for module in chain.modules}
@@ -321,7 +330,11 @@ def _trace(
         inputs.extend(weakref.ref(t) for t in tensors_of([args, kwargs]))
         state = State(buffers_of(module), generators)
         block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
-        output = block.measured(phase, state, careful) if chosen is None else block.timed(phase, k in chosen)
+        if chosen is None:
+            output = block.measured(phase, state, careful)
+        else:
+            replay = Replay(buffers_named(module, changed[k]), generators)
+            output = block.timed(phase, replay if k in chosen else None)
         gather()
         if link is not None:
             sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
@@ -417,15 +430,19 @@ class _CalledBlock:
         self.trained(phase, check=values if careful else None)
         return values
 
-    def timed(self, phase: Callable[[str], Any], chosen: bool) -> Any:
-        """The same, with times instead of bytes, where it is chosen: with history, and as a segment of its own."""
+    def timed(self, phase: Callable[[str], Any], replay: Replay | None) -> Any:
+        """The same, with times instead of bytes: with history, and as a segment of its own. None: the output alone."""
         with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
             values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, self._call())
-        if chosen:
+        if replay is not None:
             self.trained(phase)
-            plain, self._run = self._run, functools.partial(checkpoint, self._run, use_reentrant=False)
+            run = self._run
+
+            def segment(*args: Any, **kwargs: Any) -> Any:
+                return replay(lambda: run(*args, **kwargs))
+
+            self._run = functools.partial(checkpoint, segment, use_reentrant=False, preserve_rng_state=False)
             self.trained(phase, option=":again")
-            self._run = plain
         return values
 
     def trained(
