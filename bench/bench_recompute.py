@@ -214,7 +214,9 @@ class Planned:
     seconds: float  # of planning
 
 
-def budget_of(spec: Spec) -> int:
+def budget_of(spec: Spec) -> int | str:
+    if spec.budget == 0:
+        return "least"
     if isinstance(spec.budget, str):
         return peak_by_hand(spec.budget, *spec.model) * 1001 // 1000  # a plan allows for a few kilobytes more
     plan = least_plan(*spec.model)
