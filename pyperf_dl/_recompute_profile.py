@@ -222,11 +222,17 @@ def _fresh_state_bytes(
 ) -> int:
     """What the same optimizer makes of small parameters, in proportion."""
     settings = {key: value for key, value in group.items() if key != "params"}
-    small = [nn.Parameter(torch.zeros(min(p.numel(), 64), dtype=p.dtype)) for p in parameters]
+    small = [nn.Parameter(torch.zeros([min(n, 8) for n in p.shape], dtype=p.dtype)) for p in parameters]
     for p in small:
         p.grad = torch.zeros_like(p)
-    trial = type(optimizer)([{**settings, "params": small}])
-    trial.step()
+    try:
+        trial = type(optimizer)([{**settings, "params": small}])
+        trial.step()
+    except Exception as error:
+        raise ValueError(
+            f"{OP}: bytes of the state of {type(optimizer).__name__} are not known before its first step ({error}); "
+            "make a step, or pass optimizer= bytes"
+        ) from error
     total = 0
     for p, real in zip(small, parameters, strict=True):
         for value in trial.state.get(p, {}).values():
