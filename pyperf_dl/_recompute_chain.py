@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,32 @@ class ChainProfile:
                 Block(names[k], forward[k], output_bytes[k], max(forward_peak[k], output_bytes[k]), (everything,))
             )
         return cls(tuple(blocks), fixed_bytes, frame_seconds)
+
+    @classmethod
+    def merged(cls, profiles: Sequence[ChainProfile]) -> ChainProfile:
+        """Of the same model in several processes: the largest bytes and the mean times."""
+        first = profiles[0]
+        shape = [(block.name, len(block.options)) for block in first.blocks]
+        if any([(block.name, len(block.options)) for block in p.blocks] != shape for p in profiles):
+            raise ValueError("ChainProfile.merged: profiles must be of the same blocks")
+
+        def options(blocks: Sequence[Block]) -> Iterator[Option]:
+            for same in zip(*(block.options for block in blocks), strict=True):
+                times = (statistics.fmean(o[i] for o in same) for i in (1, 2))
+                yield Option(same[0].label, *times, *(max(o[i] for o in same) for i in (3, 4, 5)))
+
+        made = []
+        for same in zip(*(p.blocks for p in profiles), strict=True):
+            made.append(
+                same[0]._replace(
+                    forward=statistics.fmean(b.forward for b in same),
+                    output_bytes=max(b.output_bytes for b in same),
+                    forward_peak=max(b.forward_peak for b in same),
+                    options=tuple(options(same)),
+                )
+            )
+        fixed, frame = max(p.fixed_bytes for p in profiles), statistics.fmean(p.frame_seconds for p in profiles)
+        return dataclasses.replace(first, blocks=tuple(made), fixed_bytes=fixed, frame_seconds=frame)
 
     def __len__(self) -> int:
         return len(self.blocks)

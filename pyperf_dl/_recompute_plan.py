@@ -66,7 +66,8 @@ def plan(
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
     offload: bool | HostLink = False,
-    on_new_shapes: str = "replan",
+    group: Any = None,
+    on_new_shapes: str | None = None,
     time_limit: float | None = 10.0,
     progress: bool = False,
 ) -> Plan:
@@ -89,9 +90,11 @@ def plan(
             the children of the model's ``nn.Sequential`` and ``nn.ModuleList``.
         generators: that the blocks draw from, beside the default ones.
         offload: whether what a block saves may also wait in the host's pinned memory; CUDA, or a `HostLink`.
-        on_new_shapes: what to do when the model gets inputs of other shapes in training: ``"replan"`` makes and keeps
-            another plan with the same budget, ``"error"`` raises, ``"keep"`` goes on with this plan, whose budget then
-            holds for inputs that are not larger.
+        group: a ``torch.distributed`` process group, all of whose processes make this call: they get the same plan, for
+            the largest bytes and the mean times that they measured.
+        on_new_shapes: what to do when the model gets inputs of other shapes in training: ``"replan"`` (None without a
+            group) makes and keeps another plan with the same budget, ``"error"`` raises, ``"keep"`` (None with one)
+            goes on with this plan, whose budget then holds for inputs that are not larger.
         time_limit: seconds for the solver, which then returns the best schedule so far, and its gap.
         progress: shows a bar (needs rich).
 
@@ -112,15 +115,24 @@ def plan(
     True
     >>> model = plan.apply()
     """
+    if on_new_shapes is None:
+        on_new_shapes = "replan" if group is None else "keep"
     if on_new_shapes not in _ON_NEW_SHAPES:
         raise ValueError(f"{OP}: on_new_shapes must be one of {', '.join(_ON_NEW_SHAPES)}, got {on_new_shapes!r}")
+    if group is not None and on_new_shapes == "replan":
+        raise ValueError(
+            f"{OP}: on_new_shapes='replan' is not for a group, whose processes may get other shapes; 'keep' or 'error'"
+        )
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         budget_bytes(budget, 0, torch.device("cpu"))
     job = job_of(model, inputs, loss_fn)
     link = _link_of(offload, job.device)
     how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "link": link, "progress": progress}
     measured = measure(job, **how)
-    amount, schedule = _solved(measured, budget, job.device, time_limit)
+    if group is None:
+        amount, schedule = _solved(measured, budget, job.device, time_limit)
+    else:
+        measured, amount, schedule = _solved_together(measured, budget, job.device, time_limit, group)
 
     def again(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Measured, Schedule]:
         found = measure(job._replace(args=args, kwargs=kwargs), **how)
@@ -253,6 +265,29 @@ def _solved(
         f"{OP}: budget must be at least {least} bytes ({shown_bytes(least)}), which block "
         f"{chain.blocks[block].name} needs, got {budget!r} ({amount} bytes)"
     )
+
+
+def _solved_together(
+    measured: Measured, budget: int | str, device: torch.device, time_limit: float | None, group: Any
+) -> tuple[Measured, int, Schedule]:
+    """The group's first process solves for all; its error is everybody's."""
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, measured.profile.to_json(), group=group)
+    measured = measured._replace(profile=ChainProfile.merged([ChainProfile.from_json(data) for data in gathered]))
+    answer: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            amount, schedule = _solved(measured, budget, device, time_limit)
+            answer = [amount, schedule.to_json()]
+        except (ValueError, TypeError) as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer, src=dist.get_global_rank(group, 0), group=group)
+    amount, found = answer
+    if amount is None:
+        raise ValueError(found)
+    return measured, amount, Schedule.from_json(found)
 
 
 def _least(measured: Measured, time_limit: float | None) -> tuple[Schedule, int]:

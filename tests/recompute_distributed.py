@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from recompute_models import gpt
@@ -18,10 +19,18 @@ def main(kind, path):
     rank = dist.get_rank()
     case = gpt(batch=2, length=16, dim=16, layers=5)
     plain, planned = case.model, copy.deepcopy(case.model)
-    if rank == 0:  # one plan for all, as each process measures other times
-        recompute.plan(planned, case.inputs, loss_fn=case.loss_fn, budget="least").save(path)
-    dist.barrier()
-    plan = recompute.Plan.load(path)
+    if kind == "DDP":  # one plan for all, as each process measures other times
+        plan = recompute.plan(planned, case.inputs, loss_fn=case.loss_fn, budget="least", group=dist.group.WORLD)
+        plans = [None, None]
+        dist.all_gather_object(plans, (plan.schedule, plan.profile, plan.budget))
+        assert plans[0] == plans[1]
+        with pytest.raises(ValueError, match="must be at least"):  # in both
+            recompute.plan(planned, case.inputs, loss_fn=case.loss_fn, budget=1000 + rank, group=dist.group.WORLD)
+    else:
+        if rank == 0:
+            recompute.plan(planned, case.inputs, loss_fn=case.loss_fn, budget="least").save(path)
+        dist.barrier()
+        plan = recompute.Plan.load(path)
     assert sum(plan.schedule.replays) > 2
     plan.apply(planned)
     runs = [0]

@@ -547,3 +547,18 @@ def test_a_schedule_that_runs_again_what_it_may_not(native, monkeypatch):
     fixed = ChainProfile((GOOD.blocks[0]._replace(recomputable=False), *GOOD.blocks[1:2]))
     with pytest.raises(ValueError, match="block 0"):
         simulate(fixed, [Node(0, 1, 1), Node(1, 1), Node(0, 0)])
+
+
+def test_profiles_of_several_processes_are_merged():
+    def chain(forward, saved, fixed):
+        return ChainProfile.from_lists(
+            forward=forward, backward=[2, 2], output_bytes=[10, 10], saved_bytes=saved, fixed_bytes=fixed
+        )
+
+    merged = ChainProfile.merged([chain([1, 3], [50, 70], 5), chain([3, 3], [60, 40], 9)])
+    assert [block.forward for block in merged.blocks] == [2, 3]
+    assert [block.options[0].saved_bytes for block in merged.blocks] == [60, 70]
+    assert merged.fixed_bytes == 9
+    other = ChainProfile.from_lists(forward=[1], backward=[2], output_bytes=[10], saved_bytes=[50])
+    with pytest.raises(ValueError, match="of the same blocks"):
+        ChainProfile.merged([merged, other])
