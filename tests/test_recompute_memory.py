@@ -189,7 +189,7 @@ def random_program(seed, backwards):
     return run
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 def test_random_programs_as_a_tracker_of_storages_has_them(block):
     for seed in range(block * 12, block * 12 + 12):
         run = random_program(seed, backwards=False)
