@@ -42,7 +42,8 @@ class MemoryRecorder:
         self._profile: Any = None
 
     def __enter__(self) -> MemoryRecorder:
-        gc.collect()  # what waits for it would count as released in between
+        self._collected = gc.isenabled()
+        gc.disable()  # what waits for it would count as released in between
         if self.device.type != "cuda":
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each session writes lines to stderr
             # torch.profiler would make a Python object of each event, which takes longer than the step.
@@ -51,6 +52,8 @@ class MemoryRecorder:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self._collected:
+            gc.enable()
         if self._profile is None:
             return
         self._profile.__exit__(*error)
