@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib
 import math
@@ -188,7 +189,7 @@ def _cheapest(block: Block) -> int:
     return min(range(len(block.options)), key=lambda o: sum(block.options[o][1:3]))
 
 
-class _Search:
+class _Search(abc.ABC):
     """The best schedule so far, in bytes without the fixed ones, and what is known about better ones."""
 
     def __init__(self, profile: ChainProfile, available: int, time_limit: float, memory_limit: int) -> None:
@@ -203,8 +204,9 @@ class _Search:
         self.bound = self.flat_bound = self.least_seconds
         self.complete = True
 
+    @abc.abstractmethod
     def cost(self, nodes: Any) -> tuple[int, float]:
-        raise NotImplementedError
+        """Peak and seconds."""
 
     def offer(self, nodes: Any) -> bool:
         """Takes nodes that fit and are faster than what there is."""

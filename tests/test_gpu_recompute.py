@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from recompute_models import albert, encoder, gpt, resnet
+from recompute_models import accumulate, albert, encoder, gpt, resnet, results
 from torch.utils import _pytree as pytree
 
 from pyperf_dl import recompute
@@ -35,26 +35,12 @@ def on_gpu(case):
     return case._replace(model=case.model.cuda(), inputs=inputs, loss_fn=loss_fn)
 
 
-def step(case):
-    torch.manual_seed(3)
-    for p in case.model.parameters():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        p.grad.zero_()
-    case.loss().backward()
-
-
 def peak_of(case):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step(case)
+    accumulate(case)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
-
-
-def bits(case):
-    step(case)
-    return [t.clone() for t in [*(p.grad for p in case.model.parameters()), *case.model.buffers()]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,9 +48,9 @@ def test_the_same_bits_within_the_budget(name):
     case = on_gpu(CASES[name]())
     assert next(case.model.parameters()).is_cuda
     before = copy.deepcopy(case.model.state_dict())
-    wanted = bits(case)
+    wanted = results(case)
     case.model.load_state_dict(before)
-    assert all(torch.equal(a, b) for a, b in zip(wanted, bits(case), strict=True)), (
+    assert all(torch.equal(a, b) for a, b in zip(wanted, results(case), strict=True)), (
         "the model itself is not deterministic"
     )
     how = {"loss_fn": case.loss_fn, "blocks": case.blocks}
@@ -77,7 +63,7 @@ def test_the_same_bits_within_the_budget(name):
             case.model, case.inputs, budget=int(least.budget + fraction * (full - least.budget)), **how
         )
         plan.apply()
-        got = bits(case)
+        got = results(case)
         held = sum(t.nbytes for t in [*wanted, *got, *before.values()])
         peak = peak_of(case) - held
         plan.remove()
@@ -89,12 +75,12 @@ def test_the_same_bits_within_the_budget(name):
 
 def test_offload_saves_memory_with_the_same_bits():
     case = on_gpu(CASES["gpt"]())
-    wanted = bits(case)
+    wanted = results(case)
     plan = recompute.plan(case.model, case.inputs, loss_fn=case.loss_fn, budget="50%", offload=True)
     labels = [b.options[o].label for b, o in zip(plan.profile.blocks, plan.schedule.kept_options, strict=True)]
     plan.apply()
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(wanted, bits(case), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, results(case), strict=True))
     held = sum(t.nbytes for t in wanted)
     assert peak_of(case) - held <= plan.budget
     assert "offload" in labels or sum(plan.schedule.replays) > 0
@@ -110,11 +96,11 @@ def test_fit_is_what_is_free():
 
 def test_a_generator_of_the_device_is_put_back():
     case = on_gpu(CASES["gpt"]())
-    step(case)
+    accumulate(case)
     after = torch.cuda.get_rng_state()
     plan = recompute.plan(case.model, case.inputs, loss_fn=case.loss_fn, budget="least")
     plan.apply()
-    step(case)
+    accumulate(case)
     assert torch.equal(after, torch.cuda.get_rng_state())
 
 
@@ -126,7 +112,7 @@ def test_compiled_blocks_need_no_more_than_eager_ones():
     plan.remove()
     for block in case.model.blocks:
         block.compile()
-    step(case)
+    accumulate(case)
     plan.apply()
-    step(case)
+    accumulate(case)
     assert peak_of(case) <= 1.02 * eager

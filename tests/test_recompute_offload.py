@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recompute_models import albert, encoder, gpt, resnet
+from recompute_models import accumulate, albert, encoder, gpt, resnet, results
 from torch import nn
 
 from pyperf_dl import recompute
@@ -15,20 +15,6 @@ from pyperf_dl._recompute_offload import HostLink
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def step(case):
-    torch.manual_seed(3)
-    for p in case.model.parameters():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        p.grad.zero_()
-    case.loss().backward()
-
-
-def gradients(case):
-    step(case)
-    return [t.clone() for t in [*(p.grad for p in case.model.parameters()), *case.model.buffers()]]
 
 
 CASES = {
@@ -44,7 +30,7 @@ CASES = {
 def test_the_same_bits_within_the_budget(name, bandwidth):
     case = CASES[name]()
     before = copy.deepcopy(case.model.state_dict())
-    wanted = gradients(case)
+    wanted = results(case)
     link = recompute.HostLink("cpu", bandwidth=bandwidth, least_bytes=1024)
     how = {"loss_fn": case.loss_fn, "blocks": case.blocks, "offload": link}
     least = recompute.plan(case.model, case.inputs, budget="least", **how)
@@ -58,8 +44,8 @@ def test_the_same_bits_within_the_budget(name, bandwidth):
         used |= {block.options[o].label for block, o in zip(blocks, options, strict=True)}
         assert not any(n and o for n, o in zip(replays, options, strict=True))
         plan.apply()
-        assert all(torch.equal(a, b) for a, b in zip(wanted, gradients(case), strict=True))
-        peak = plan.profile.fixed_bytes + recompute.peak_memory(lambda: step(case))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, results(case), strict=True))
+        peak = plan.profile.fixed_bytes + recompute.peak_memory(lambda: accumulate(case))
         plan.remove()
         assert peak <= budget
         assert plan.predicted_peak <= budget

@@ -10,7 +10,7 @@ struct VectorMachine {
   typedef R V __attribute__((vector_size(PYPERF_VECTOR_BYTES)));
   typedef Int_ Int __attribute__((vector_size(PYPERF_VECTOR_BYTES)));
 
-  PYPERF_HD static V of(R r) { return r - V{}; }  // a sum would turn -0 into 0, and so be a sum
+  PYPERF_HD static V of(R r) { return r - V{}; }  // V{} + r makes 0 of -0, so that it stays an addition
   PYPERF_HD static Int bits(V a) { return (Int)a; }
   PYPERF_HD static V from_bits(Int i) { return (V)i; }
 
