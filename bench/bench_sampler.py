@@ -130,6 +130,68 @@ def error(spec: Spec, inputs: Any, outputs: Any, whole: bool) -> float:
     return harness.max_difference(outputs[0].detach().double(), want)
 
 
+# ---- log-probability of samples that are there, and its gradient, as policy gradients want them ----
+
+
+def inputs_of_log_prob(spec: Spec) -> Callable[[torch.Generator], Any]:
+    """x, the model's output, which the gradient goes to, and a sample that such a step made."""
+
+    def make(generator: torch.Generator) -> Any:
+        how = {"generator": generator, "device": generator.device, "dtype": spec.dtype}
+        x, output, noise = (torch.randn(spec.shape, **how) for _ in range(3))
+        target = pyperf_dl.sampler_step(x, output, table_of(spec.name), ROW, noise=noise).sample
+        return x, output.requires_grad_(), target
+
+    return make
+
+
+def log_prob(spec: Spec, inputs: Any) -> Any:
+    x, output, target = inputs
+    made = pyperf_dl.sampler_step(x, output, table_of(spec.name), ROW, log_prob=True, target=target).log_prob
+    return made.detach(), *torch.autograd.grad(made.sum(), output)
+
+
+def eager_log_prob(of: tuple[float, ...], inputs: Any) -> Any:
+    """What a user would write for one sampler."""
+    x, output, target = inputs
+    of_x, of_output, deviation = of
+    mean = of_x * x.float() + of_output * output.float()
+    made = torch.distributions.Normal(mean, deviation, validate_args=False).log_prob(target.float()).flatten(1).sum(1)
+    return made.detach(), *torch.autograd.grad(made.sum(), output)
+
+
+def error_of_log_prob(spec: Spec, inputs: Any, outputs: Any, whole: bool) -> float:
+    """Of the log-probability of an element, on average."""
+    x, output, target = (t.detach().double() for t in inputs)
+    with pyperf_dl.backend("reference"):
+        want = pyperf_dl.sampler_step(x, output, table_of(spec.name), ROW, log_prob=True, target=target).log_prob
+    return harness.max_difference(outputs[0].double(), want) / x[0].numel()
+
+
+def log_prob_case(spec: Spec) -> Case:
+    p, q, of_x, of_output, of_d, _, _, _, deviation = table_of(spec.name).coefficients[ROW, :9].tolist()
+    of = (of_x + of_d * p, of_output + of_d * q, deviation)
+
+    def agrees(inputs: Any, made: Any, theirs: Any) -> bool:
+        close = [torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(made, theirs, strict=True)]
+        return all(close)
+
+    return Case(
+        FAMILY,
+        "sampler_step",
+        f"{spec.name}, log-probability forward + backward, {'x'.join(map(str, spec.shape))}",
+        spec.dtype,
+        spec.device,
+        make=inputs_of_log_prob(spec),
+        ours=functools.partial(log_prob, spec),
+        error=functools.partial(error_of_log_prob, spec),
+        peers={"eager": Peer(functools.partial(eager_log_prob, of), agrees=agrees)},
+        tolerance=1e-5,
+        params={"sampler": spec.name, "shape": list(spec.shape)},
+        cold=spec.shape != SMALL,
+    )
+
+
 # ---- peers ----
 
 
@@ -229,7 +291,8 @@ def cases(device: str, full: bool) -> list[Case]:
     every += [Spec(name, SMALL, torch.float32, device) for name in small]
     every.append(Spec("DDPM", large, torch.float32, device, noise="key"))
     every.append(Spec("DDIM", large, torch.float32, device, gradient=True))
-    return [case(spec, full) for spec in every]
+    log_probs = [Spec("Euler ancestral", large, dtype, device) for dtype in (torch.float32, torch.bfloat16)]
+    return [case(spec, full) for spec in every] + [log_prob_case(spec) for spec in log_probs]
 
 
 # ---- pytest ----

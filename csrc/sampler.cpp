@@ -2,7 +2,9 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
+#include "../kernels/common/sample_units.h"
 #include "common/simd.h"
 #include "sampler.h"
 
@@ -21,7 +23,8 @@ struct OnCpu {
     PYPERF_AT_SIMD_LEVEL(adjustments<TorchThreads>)(call, TorchThreads());
   }
   static void step(const StepCall& call, const Tensor&) {
-    PYPERF_AT_SIMD_LEVEL(step<TorchThreads>)(call, TorchThreads());
+    std::vector<double> partials(call.log_prob ? call.samples * call.runs() : 0);
+    PYPERF_AT_SIMD_LEVEL(step<TorchThreads>)(call, partials.data(), TorchThreads());
   }
   static void step_backward(const StepCall& call, const StepGradients& grads, const Tensor&) {
     PYPERF_AT_SIMD_LEVEL(step_backward<TorchThreads>)(call, grads, TorchThreads());
@@ -34,7 +37,9 @@ struct OnCpu {
 // table: float64 [rows, columns], see kernels/math/sampler_call.h. step (int64), guidance (float64), key (int64),
 // adjust (float64 [.., 2]: a factor of the output, a bound of the denoised sample): for all samples, or for each. None:
 // row, guidance_scale. state: int64 [2], seed and offset of a generator on CUDA, to which `offset` is added. low, high:
-// of the clip, infinite for none. Outputs that were not asked for are empty.
+// of the clip, infinite for none. Outputs that were not asked for are empty. A transition is a step with its
+// log-probability, and on demand the score, the gradient of that with respect to the mean; with a target it is that of
+// the target, and no new sample is made.
 #define PYPERF_STEP_NUMBERS "Tensor table, Tensor? step, Tensor? guidance, Tensor? key, Tensor? state, "
 #define PYPERF_STEP_STATICS "SymInt row, float guidance_scale, float low, float high, SymInt offset, "
 STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
@@ -50,10 +55,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyperf_dl, m) {
       "Tensor? h3, Tensor? last, Tensor? noise, " PYPERF_STEP_NUMBERS "Tensor? adjust, " PYPERF_STEP_STATICS
       "bool denoised, bool keeps, SymInt copies, SymInt sample_dims) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "sampler_transition(Tensor x, Tensor output, Tensor? unconditional, Tensor? variance, Tensor? h1, Tensor? h2, "
+      "Tensor? h3, Tensor? last, Tensor? noise, Tensor? target, " PYPERF_STEP_NUMBERS
+      "Tensor? adjust, " PYPERF_STEP_STATICS
+      "bool denoised, bool keeps, SymInt copies, bool score, SymInt sample_dims) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "sampler_step_backward(Tensor grad_next, Tensor grad_denoised, Tensor grad_kept, Tensor grad_corrected, "
       "Tensor grad_model_input, Tensor? x, Tensor? output, Tensor? unconditional, Tensor? variance, "
-      "Tensor? noise, " PYPERF_STEP_NUMBERS PYPERF_STEP_STATICS
-      "bool guided, bool denoised, bool keeps, bool corrects, SymInt copies, SymInt wanted, SymInt sample_dims) -> "
+      "Tensor? noise, Tensor? grad_log_prob, Tensor? score, " PYPERF_STEP_NUMBERS PYPERF_STEP_STATICS
+      "bool guided, bool next, bool denoised, bool keeps, bool corrects, SymInt copies, SymInt wanted, SymInt "
+      "sample_dims) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -35,6 +35,11 @@ struct OnCuda {
   }
   static void step(StepCall& call, const Tensor& like) {
     const CudaCall current(like);
+    if (call.log_prob) {
+      const Tensor partials = contiguous_empty(like, {transition_partials(call)}, ScalarType::Double);
+      return require_launched("sampler_transition",
+                              transition(call, static_cast<double*>(partials.data_ptr()), current.stream));
+    }
     set_threads(call, like);
     require_launched("sampler_step", sampler::step(call, current.stream));
   }

@@ -172,6 +172,7 @@ inline void merge_samples(StepCall& call, StepGradients* grads = nullptr) {
   const bool one_group = call.group == call.samples || call.copies <= 1;
   if (call.samples <= 1 || call.steps > 1 || call.guidances > 1 || call.adjusts > 1 || call.key || !one_group) return;
   const auto dense = [&](const Elements& e) { return !e.data || e.stride == call.sample_size; };
+  if (call.log_prob || call.score.data) return;
   for (int k = 0; k < kOperands; ++k)
     if (k != kModelInput && !dense(call.operand[k])) return;
   if (grads) {
@@ -210,6 +211,50 @@ class Operands {
 
 inline Tensor nothing(const Tensor& like, ScalarType dtype) { return empty(like, {0}, {0}, dtype); }
 
+struct StepInputs {
+  const Tensor &x, &output;
+  const MaybeTensor &unconditional, &variance, &h1, &h2, &h3, &last, &noise;
+};
+struct StepOutputs {
+  bool next, denoised, keeps;
+};
+
+// Ready but for what belongs to a transition.
+struct PreparedStep {
+  SampleShape shape;
+  StepCall call;
+  Operands of;
+  Tensor next, denoised, kept, corrected, model_input;
+
+  PreparedStep(const StepInputs& in, const StepNumbers& numbers, const StepStatics& statics, const StepOutputs& wanted,
+               int64_t sample_dims)
+      : shape(in.x, sample_dims, numbers.key || numbers.state),
+        call(call_of(in.x, in.output.scalar_type(), shape, numbers, statics)),
+        of(in.x, shape) {
+    check_dtypes(in.x, in.output);
+    const ScalarType type = in.x.scalar_type(), model_type = in.output.scalar_type();
+    call.guided = in.unconditional.has_value(), call.corrects = in.last.has_value();
+    const auto made = [&](bool wanted) { return wanted ? shape.output(in.x, type) : nothing(in.x, type); };
+    next = made(wanted.next), denoised = made(wanted.denoised), kept = made(wanted.keeps);
+    corrected = made(call.corrects);
+    model_input = statics.copies ? shape.model_inputs(in.x, statics.copies, model_type) : nothing(in.x, model_type);
+    call.operand[kSample] = of.input("x", in.x, type);
+    call.operand[kOutput] = of.input("output", in.output, model_type);
+    call.operand[kUnconditional] = of.input("unconditional", in.unconditional, model_type);
+    call.operand[kVariance] = of.input("variance", in.variance, model_type);
+    call.operand[kHistory1] = of.input("h1", in.h1, type);
+    call.operand[kHistory2] = of.input("h2", in.h2, type);
+    call.operand[kHistory3] = of.input("h3", in.h3, type);
+    call.operand[kLast] = of.input("last", in.last, type);
+    call.operand[kNoise] = of.input("noise", in.noise, type);
+    if (wanted.next) call.operand[kNext] = shape.elements(next);
+    if (wanted.denoised) call.operand[kDenoised] = shape.elements(denoised);
+    if (wanted.keeps) call.operand[kKept] = shape.elements(kept);
+    if (call.corrects) call.operand[kCorrected] = shape.elements(corrected);
+    if (statics.copies) call.operand[kModelInput].data = model_input.data_ptr();
+  }
+};
+
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(
     const Tensor& x, const Tensor& output, const MaybeTensor& unconditional, const MaybeTensor& variance,
@@ -217,46 +262,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(
     const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps, const MaybeTensor& guidance,
     const MaybeTensor& key, const MaybeTensor& state, const MaybeTensor& adjust, int64_t row, double guidance_scale,
     double low, double high, int64_t offset, bool denoised, bool keeps, int64_t copies, int64_t sample_dims) {
-  check_dtypes(x, output);
-  const ScalarType type = x.scalar_type(), model_type = output.scalar_type();
   require_one_source<Backend>("sampler_step", noise, key, state);
-  const SampleShape shape(x, sample_dims, key || state);
-  StepCall call = call_of(x, model_type, shape, {table, steps, guidance, key, state, adjust},
-                          {row, guidance_scale, low, high, offset, copies});
-  call.guided = unconditional.has_value(), call.corrects = last.has_value();
-  const auto made = [&](bool wanted) { return wanted ? shape.output(x, type) : nothing(x, type); };
-  const Tensor next = made(true), x0 = made(denoised), kept = made(keeps), corrected = made(call.corrects);
-  const Tensor model_input = copies ? shape.model_inputs(x, copies, model_type) : nothing(x, model_type);
-  Operands of(x, shape);
-  call.operand[kSample] = of.input("x", x, type);
-  call.operand[kOutput] = of.input("output", output, model_type);
-  call.operand[kUnconditional] = of.input("unconditional", unconditional, model_type);
-  call.operand[kVariance] = of.input("variance", variance, model_type);
-  call.operand[kHistory1] = of.input("h1", h1, type);
-  call.operand[kHistory2] = of.input("h2", h2, type);
-  call.operand[kHistory3] = of.input("h3", h3, type);
-  call.operand[kLast] = of.input("last", last, type);
-  call.operand[kNoise] = of.input("noise", noise, type);
-  call.operand[kNext] = shape.elements(next);
-  if (denoised) call.operand[kDenoised] = shape.elements(x0);
-  if (keeps) call.operand[kKept] = shape.elements(kept);
-  if (call.corrects) call.operand[kCorrected] = shape.elements(corrected);
-  if (copies) call.operand[kModelInput].data = model_input.data_ptr();
-  merge_samples(call);
-  if (x.numel()) Backend::step(call, x);
-  return {next, x0, kept, corrected, model_input};
+  PreparedStep p({x, output, unconditional, variance, h1, h2, h3, last, noise},
+                 {table, steps, guidance, key, state, adjust}, {row, guidance_scale, low, high, offset, copies},
+                 {true, denoised, keeps}, sample_dims);
+  merge_samples(p.call);
+  if (x.numel()) Backend::step(p.call, x);
+  return {p.next, p.denoised, p.kept, p.corrected, p.model_input};
 }
 
-// wanted: bits of the inputs, in their order. Values of x, output, unconditional are needed where low or high are
-// finite, those of variance and noise where the variance was learned.
+inline ScalarType log_prob_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transition(
+    const Tensor& x, const Tensor& output, const MaybeTensor& unconditional, const MaybeTensor& variance,
+    const MaybeTensor& h1, const MaybeTensor& h2, const MaybeTensor& h3, const MaybeTensor& last,
+    const MaybeTensor& noise, const MaybeTensor& target, const Tensor& table, const MaybeTensor& steps,
+    const MaybeTensor& guidance, const MaybeTensor& key, const MaybeTensor& state, const MaybeTensor& adjust,
+    int64_t row, double guidance_scale, double low, double high, int64_t offset, bool denoised, bool keeps,
+    int64_t copies, bool score, int64_t sample_dims) {
+  // A sum over a sample wants its elements side by side, and a generator's numbers lie all over the samples.
+  require(!state && int(noise.has_value()) + int(key.has_value()) + int(target.has_value()) == 1,
+          "sampler_transition: needs one of noise, key and target, and no state");
+  require(!target || copies == 0, "sampler_transition: an input of the model is made of a new sample, not of a target");
+  PreparedStep p({x, output, unconditional, variance, h1, h2, h3, last, noise},
+                 {table, steps, guidance, key, state, adjust}, {row, guidance_scale, low, high, offset, copies},
+                 {!target, denoised, keeps}, sample_dims);
+  const ScalarType type = log_prob_type(x);
+  std::vector<int64_t> lead = sizes_of(x, sample_dims);
+  const Tensor log_prob = contiguous_empty(x, lead, type);
+  const Tensor scores = score ? p.shape.output(x, type) : nothing(x, type);
+  p.call.log_prob = log_prob.data_ptr();
+  p.call.target = p.of.input("target", target, x.scalar_type());
+  if (score) p.call.score = p.shape.elements(scores);
+  if (x.numel())
+    Backend::step(p.call, x);
+  else
+    fill_(log_prob, 0.0);
+  return {p.next, p.denoised, p.kept, p.corrected, p.model_input, log_prob, scores};
+}
+
+// next: whether grad_next counts. wanted: bits of the inputs, in their order. Values of x, output, unconditional are
+// needed where low or high are finite, those of variance and noise where the variance was learned.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
     const Tensor& grad_next, const Tensor& grad_denoised, const Tensor& grad_kept, const Tensor& grad_corrected,
     const Tensor& grad_model_input, const MaybeTensor& x, const MaybeTensor& output, const MaybeTensor& unconditional,
-    const MaybeTensor& variance, const MaybeTensor& noise, const Tensor& table, const MaybeTensor& steps,
-    const MaybeTensor& guidance, const MaybeTensor& key, const MaybeTensor& state, int64_t row, double guidance_scale,
-    double low, double high, int64_t offset, bool guided, bool denoised, bool keeps, bool corrects, int64_t copies,
-    int64_t wanted, int64_t sample_dims) {
+    const MaybeTensor& variance, const MaybeTensor& noise, const MaybeTensor& grad_log_prob, const MaybeTensor& score,
+    const Tensor& table, const MaybeTensor& steps, const MaybeTensor& guidance, const MaybeTensor& key,
+    const MaybeTensor& state, int64_t row, double guidance_scale, double low, double high, int64_t offset, bool guided,
+    bool next, bool denoised, bool keeps, bool corrects, int64_t copies, int64_t wanted, int64_t sample_dims) {
   check_dtypes(grad_next, grad_model_input);
   for (const Tensor* grad : {&grad_denoised, &grad_kept, &grad_corrected, &grad_model_input})
     require(grad->device() == grad_next.device(), "sampler_step_backward: gradients must be on one device");
@@ -271,11 +328,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto wants = [&](int k) { return (wanted >> k & 1) != 0; };
   const bool learned = wants(kVariance) || (variance && wants(kNoise));
   require(!wants(kLast) || corrects, "sampler_step_backward: last has a gradient where there was a correction");
-  require(!learned || (variance && (noise || key || state)),
+  require(!learned || (variance && (noise || key || state || score)),
           "sampler_step_backward: a learned variance needs variance and noise");
+  const ScalarType sum_type = log_prob_type(grad_next);
+  require(grad_log_prob.has_value() == score.has_value() &&
+              (!score || (grad_log_prob->scalar_type() == sum_type && grad_log_prob->numel() == shape.samples &&
+                          grad_log_prob->device() == grad_next.device())),
+          "sampler_step_backward: a score needs the gradients of the log-probabilities, one a sample");
+  const auto contiguous = [](const Tensor& t) {
+    if (t.is_contiguous()) return t;
+    Tensor copy = contiguous_empty(t, sizes_of(t, t.dim()), t.scalar_type());
+    copy_(copy, t);
+    return copy;
+  };
+  MaybeTensor of_log_prob;
+  if (score) of_log_prob.emplace(contiguous(*grad_log_prob));
   Operands of(grad_next, shape);
   StepGradients grads{};
-  grads.of_output[kNext - kInputs] = of.input("grad_next", grad_next, type);
+  if (next) grads.of_output[kNext - kInputs] = of.input("grad_next", grad_next, type);
+  call.score = of.input("score", score, sum_type);
+  if (score) grads.of_log_prob = of_log_prob->data_ptr();
   if (denoised) grads.of_output[kDenoised - kInputs] = of.input("grad_denoised", grad_denoised, type);
   if (keeps) grads.of_output[kKept - kInputs] = of.input("grad_kept", grad_kept, type);
   if (corrects) grads.of_output[kCorrected - kInputs] = of.input("grad_corrected", grad_corrected, type);
@@ -355,4 +427,5 @@ Tensor noise(const Tensor& like, const MaybeTensor& key, const MaybeTensor& stat
   m.impl("sampler_noise", TORCH_BOX(&pyperf::sampler::noise<Backend>));             \
   m.impl("sampler_adjustments", TORCH_BOX(&pyperf::sampler::adjustments<Backend>)); \
   m.impl("sampler_step", TORCH_BOX(&pyperf::sampler::step<Backend>));               \
+  m.impl("sampler_transition", TORCH_BOX(&pyperf::sampler::transition<Backend>));   \
   m.impl("sampler_step_backward", TORCH_BOX(&pyperf::sampler::step_backward<Backend>))

@@ -13,7 +13,9 @@ from .reference import _sampler_linear as linear
 
 _TENSORS = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
 _OF_MODEL = (1, 2, 3)  # which of them have the dtype of the model
-_BACKWARD_TENSORS = 10  # five gradients, x, output, unconditional, variance, noise
+_TRANSITION_TENSORS = (*_TENSORS, "target")
+# Five gradients, x, output, unconditional, variance, noise, the gradient of log-probabilities, score.
+_BACKWARD_TENSORS = 12
 
 
 class _Numbers(NamedTuple):
@@ -83,8 +85,20 @@ def _fake_step(x, output, unconditional, variance, h1, h2, h3, last, noise, *res
     return made(True), made(n.denoised), made(n.keeps), made(last is not None), model_input
 
 
+def _fake_transition(*args):
+    x, target, (*rest, score, sample_dims) = args[0], args[len(_TENSORS)], args[len(_TRANSITION_TENSORS) :]
+    after, *others = _fake_step(*args[: len(_TENSORS)], *rest, sample_dims)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        after if target is None else x.new_empty(0),
+        *others,
+        x.new_empty(x.shape[:sample_dims], dtype=wide),
+        torch.empty_like(after, dtype=wide) if score else x.new_empty(0, dtype=wide),
+    )
+
+
 def _fake_backward(grad_next, *rest):
-    grad_model_input, (key, state) = rest[3], rest[12:14]
+    grad_model_input, (key, state) = rest[3], rest[14:16]
     wanted, sample_dims = rest[-2:]
     layout = _layout(grad_next, sample_dims, key is not None or state is not None)
 
@@ -108,11 +122,21 @@ def _save_step(ctx, inputs, output):
     return *values, *((variance, noise) if ctx.learned else (None, None))
 
 
-def _wanted(ctx):
+def _save_transition(ctx, inputs, output):
+    """x for its shape, the score for its values, and what a step keeps."""
+    target, (*rest, _, sample_dims) = inputs[len(_TENSORS)], inputs[len(_TRANSITION_TENSORS) :]
+    _, output_, unconditional, _, noise = _save_step(ctx, (*inputs[: len(_TENSORS)], *rest, sample_dims), output)
+    variance = inputs[_TENSORS.index("variance")]
+    ctx.learned, ctx.targeted = variance is not None, target is not None
+    ctx.set_materialize_grads(False)
+    return inputs[0], output_, unconditional, variance, noise, output[-1]
+
+
+def _wanted(ctx, tensors):
     """Bits of the inputs whose gradients are asked for."""
     needed = ctx.needs_input_grad
     # The plain route has the numbers in front.
-    needed = needed[1:] if len(needed) == 1 + len(_TENSORS) else needed[: len(_TENSORS)]
+    needed = (needed[1:] if len(needed) == 1 + tensors else needed)[: len(_TENSORS)]
     able = [*ctx.given]
     able[_TENSORS.index("variance")] = ctx.learned
     return sum(1 << k for k, (n, a) in enumerate(zip(needed, able, strict=True)) if n and a)
@@ -127,16 +151,67 @@ def _gradients(ctx, *grads):
     n = _Numbers(*ctx.statics)
     _refuse_adjust(n)
     given = dict(zip(_TENSORS, ctx.given, strict=True))
-    wanted = _wanted(ctx)
+    wanted = _wanted(ctx, len(_TENSORS))
     distributed = next((g for g in grads if not is_plain(g)), None)
     if distributed is not None:  # zeros for what was not used are plain
         grads = [replicated_beside(distributed, g) for g in grads]
     made = _backward(
-        *grads, *ctx.saved_tensors, n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
-        n.row, n.guidance_scale, n.low, n.high, n.offset, given["unconditional"], n.denoised, n.keeps, given["last"],
-        n.copies, wanted, n.sample_dims,
+        *grads, *ctx.saved_tensors, None, None,
+        n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
+        n.row, n.guidance_scale, n.low, n.high, n.offset,
+        given["unconditional"], True, n.denoised, n.keeps, given["last"], n.copies, wanted, n.sample_dims,
     )  # fmt: skip
     return tuple(g if wanted >> k & 1 else None for k, g in enumerate(made))
+
+
+def _transition_gradients(ctx, *grads):
+    *statics, _, sample_dims = ctx.statics
+    n = _Numbers(*statics, sample_dims)
+    _refuse_adjust(n)
+    given = dict(zip(_TENSORS, ctx.given, strict=True))
+    wanted = _wanted(ctx, len(_TRANSITION_TENSORS))
+    x, output, unconditional, variance, noise, score = ctx.saved_tensors
+    *grads, of_score = grads
+    if ctx.targeted:
+        grads[0] = None
+    clips = linear.clips(n.low, n.high)
+
+    def pulled(of_next, of_denoised, of_kept, of_corrected, of_model_input, of_log_prob, wanted):
+        if given["last"] and of_corrected is None:
+            of_corrected = torch.zeros_like(x)
+        empty = replicated_beside(x, torch.empty(0, dtype=ctx.dtypes[1], device=x.device))
+        return _backward(
+            *(x if g is None else g for g in (of_next, of_denoised, of_kept, of_corrected)),
+            empty if of_model_input is None else of_model_input,
+            x if clips else None, output, unconditional, variance, noise,
+            of_log_prob, None if of_log_prob is None else score,
+            n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
+            n.row, n.guidance_scale, n.low, n.high, n.offset,
+            given["unconditional"], of_next is not None, of_denoised is not None, of_kept is not None, given["last"],
+            0 if of_model_input is None else n.copies, wanted, n.sample_dims,
+        )  # fmt: skip
+
+    made = pulled(*grads, wanted)
+    gradients = [g if wanted >> k & 1 else None for k, g in enumerate(made)]
+    if of_score is None:
+        return (*gradients, None)
+    # Of a gradient's gradient: score = (x' - mean) / deviation^2.
+    spread = linear.deviation(x, variance, n.table, n.step, n.row, n.sample_dims)
+    learned, drawn = (1 << _TENSORS.index(name) for name in ("variance", "noise"))
+    of_mean = wanted & ~learned & ~drawn
+    more = pulled((-of_score / spread**2).to(x.dtype), None, None, None, None, None, of_mean)
+    for k in range(len(_TENSORS)):
+        if of_mean >> k & 1:
+            gradients[k] = gradients[k] + more[k]
+    if wanted & learned:
+        slope = linear.log_deviation_slope(x, n.table, n.step, n.row, n.sample_dims)
+        place = _TENSORS.index("variance")
+        gradients[place] = gradients[place] + (-2 * slope * score * of_score).to(variance.dtype)
+    return (*gradients, None)
+
+
+def _refuse_push(ctx, *tangents):
+    raise RuntimeError("sampler_transition: no forward derivative is there; its reference has one")
 
 
 def _pushed_step(ctx, *tangents):
@@ -225,13 +300,25 @@ def _sharded(*args):
         yield [dim] * len(_TENSORS), _places(dim, at, made, n.copies)
 
 
+def _sharded_transition(*args):
+    *others, _, sample_dims = args[len(_TRANSITION_TENSORS) :]
+    n = _Numbers(*others, sample_dims)
+    if not _shardable(n.step, n.guidance, n.key, n.state, n.adjust):
+        return
+    made = (args[len(_TENSORS)] is None, n.denoised, n.keeps, args[_TENSORS.index("last")] is not None)
+    for dim in range(sample_dims):
+        score = dim if args[-2] else None
+        yield [dim] * len(_TRANSITION_TENSORS), [*_places(dim, max(sample_dims - 1, 0), made, n.copies), dim, score]
+
+
 def _sharded_backward(*args):
     step, guidance, key, state = args[_BACKWARD_TENSORS + 1 :][:4]
     if not _shardable(step, guidance, key, state):
         return
     denoised, keeps, corrects, copies, wanted, sample_dims = args[-6:]
     at = max(sample_dims - 1, 0)
-    for dim in range(len(args[0].shape)):
+    sums = args[_BACKWARD_TENSORS - 1] is not None
+    for dim in range(sample_dims if sums else len(args[0].shape)):
         given = _places(dim, at, (True, denoised, keeps, corrects), copies) + [dim] * (_BACKWARD_TENSORS - 5)
         yield given, [dim if wanted >> k & 1 else None for k in range(len(_TENSORS))]
 
@@ -271,6 +358,20 @@ _backward = Operator(
     jvp=_pushed_backward,
     batch=_batched_step(-3),
     shard=_sharded_backward,
+    flops=_operations,
+)
+transition = Operator(
+    "sampler_transition",
+    tensors=len(_TRANSITION_TENSORS),
+    constants=6,
+    fake=_fake_transition,
+    reference=linear.sampler_transition,
+    launch=f"{_LAUNCH}:sampler_transition",
+    save=_save_transition,
+    backward=_transition_gradients,
+    jvp=_refuse_push,
+    batch=_batched_step(-3),
+    shard=_sharded_transition,
     flops=_operations,
 )
 step = Operator(

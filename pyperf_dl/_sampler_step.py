@@ -82,7 +82,7 @@ def sampler_step(
         model_inputs: how many copies of the model's next input, c(input) x', to make as well: 2 for guidance.
         denoised: whether to return D.
         log_prob: whether to return log N(x'; mean, c(z)^2) of each sample, ``[B]``, in float32 (float64 for float64).
-        target: the x' whose log_prob it is, instead of a new one.
+        target: the x' whose log_prob it is, instead of a new one; a constant for its gradient.
 
     Returns:
         SamplerStep: ``sample`` x'; ``denoised`` D or None; ``history`` for the next step; ``model_input``
@@ -117,7 +117,7 @@ def sampler_step(
         raise ValueError(f"{op}: log_prob is for a row that adds noise, row {row} of {table} does not")
     noise, key, generator = _checked_noise(op, noise, generator, key, x, plan.noisy and target is None)
     if target is not None:
-        _checked_target(op, target, log_prob, x)
+        _checked_target(op, target, log_prob, copies, x)
 
     coefficients = table.coefficients
     if coefficients.device != x.device:
@@ -128,10 +128,9 @@ def sampler_step(
         coefficients, last = _corrected_by_all(coefficients, rows, last, x)
     numbers = (coefficients, rows, scales)
     adjust = None
-    differentiated = (adjustment or variance is not None) and _are_differentiated(
-        (x, output, unconditional, variance, *history, noise)
-    )
-    by_reference = adjustment is not None and differentiated
+    tensors = (x, output, unconditional, variance, *history, noise)
+    differentiated = (adjustment or variance is not None or log_prob) and _are_differentiated(tensors)
+    by_reference = (adjustment is not None and differentiated) or (log_prob and _are_transformed())
     if adjustment is not None:
         without_kernel = by_reference or _backend.serving(x) == "triton"
         adjustments = linear.sampler_adjustments if without_kernel else operators.adjustments
@@ -143,34 +142,26 @@ def sampler_step(
             noise = drawn(x, generator)
         else:
             state, offset = drawing
-    # A mean in 16 bits would make a log-probability of rounding errors.
-    wide = x.float() if log_prob and x.dtype in _HALVES else x
-    if log_prob and key is not None:
-        noise, key = noise_of_key(wide, key, row) if rows is None else _noise_of_rows(wide, key, rows), None
-    given_noise = None if log_prob else noise
-    h = [None if k >= len(kept) else kept[k].to(wide.dtype) for k in range(3)]
-    tensors = (wide, output, unconditional, variance, *h, None if last is None else last.to(wide.dtype), given_noise)
-    call = linear.sampler_step if by_reference else operators.step
-    sample, d, combined, corrected, model_input = call(
-        *tensors, *numbers, key, state, adjust,
-        row, scale, low, high, offset, denoised or plan.keeps_denoised, plan.combines, copies, 1,
-    )  # fmt: skip
-    probability = None
+    tensors = (x, output, unconditional, variance, *kept, *[None] * (3 - len(kept)), last, noise)
+    numbers = (*numbers, key, state, adjust, row, scale, low, high, offset)
+    keeps_d, probability = denoised or plan.keeps_denoised, None
     if log_prob:
-        deviation = linear.deviation(wide, variance, coefficients, rows, row)
-        mean = sample
-        sample = (mean + deviation * noise).to(x.dtype) if target is None else target
-        probability = _log_prob(sample.detach(), mean, deviation)
-        if copies:
-            inputs = (linear.input_scale(wide, coefficients, rows, row) * sample).to(output.dtype)
-            model_input = inputs.expand(copies, *x.shape)
+        transition = linear.sampler_transition if by_reference else operators.transition
+        score = differentiated and not by_reference
+        sample, d, combined, corrected, model_input, probability, _ = transition(
+            *tensors, target, *numbers, keeps_d, plan.combines, copies, score, 1
+        )
+        sample = sample if target is None else target
+    else:
+        call = linear.sampler_step if by_reference else operators.step
+        sample, d, combined, corrected, model_input = call(*tensors, *numbers, keeps_d, plan.combines, copies, 1)
     newest = (d,) if plan.keeps_denoised else (combined,) if plan.combines else ()
-    after = tuple(t.to(x.dtype) for t in (*newest, *kept)[: plan.depth])
+    after = (*newest, *kept)[: plan.depth]
     if plan.correcting:
-        after = (*after, x if last is None else corrected.to(x.dtype))
+        after = (*after, x if last is None else corrected)
     return SamplerStep(
         sample,
-        d.to(x.dtype) if denoised else None,
+        d if denoised else None,
         after,
         model_input.flatten(0, 1) if copies else None,
         probability,
@@ -395,28 +386,20 @@ def checked_key(op: str, key: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.full((1,), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=x.device)
 
 
-def _checked_target(op: str, target: Any, log_prob: bool, x: torch.Tensor) -> None:
+def _checked_target(op: str, target: Any, log_prob: bool, copies: int, x: torch.Tensor) -> None:
     if not log_prob:
         raise ValueError(f"{op}: target is for log_prob=True, whose sample it replaces")
+    if copies:
+        raise ValueError(f"{op}: model_inputs is for a new sample, which target replaces, got {copies} with target")
     _checked_like(op, "target", target, x, x.dtype)
+
+
+def _are_transformed() -> bool:
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0  # the latter whatever no_grad says
 
 
 def _are_differentiated(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Or batched."""
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:  # the latter whatever no_grad says
+    if _are_transformed():
         return True
     return torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in tensors)
-
-
-# ---- log-probability ----
-
-
-def _log_prob(sample: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Of the sample as it was rounded, so that the same sample as a target has the same."""
-    z = (sample - mean) / deviation
-    each = -0.5 * z * z - torch.log(deviation) - 0.5 * math.log(2 * math.pi)
-    return each.flatten(1).sum(1, dtype=torch.float64).to(mean.dtype)
-
-
-def _noise_of_rows(x: torch.Tensor, key: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return linear.sampler_noise(x, key, None, rows, 0, 1)

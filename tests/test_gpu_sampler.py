@@ -127,11 +127,53 @@ def test_gradients_have_the_bits_of_the_cpu(kind, dtypes):
         values = [given[k] for k in ("x", "output", "unconditional", "variance", "noise")]
         statics = [given[k] for k in ("row", "guidance_scale", "low", "high", "offset")]
         wanted = 0b111110111 | learned << 3
-        arguments = [*grads, *values, *(given[k] for k in NUMBERS), *statics]
-        arguments += [True, True, True, True, copies, wanted, 1]  # guided, denoised, keeps, corrects
+        arguments = [*grads, *values, None, None, *(given[k] for k in NUMBERS), *statics]
+        arguments += [True, True, True, True, True, copies, wanted, 1]  # guided, next, denoised, keeps, corrects
         local = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
         run = torch.ops.pyperf_dl.sampler_step_backward
         check_equal(run(*arguments), run(*local))
+
+
+def transition(arguments, target=None, score=True):
+    values = list(arguments.values())
+    return torch.ops.pyperf_dl.sampler_transition(
+        *values[: len(OPERANDS)], target, *values[len(OPERANDS) : -1], score, values[-1]
+    )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("operands", [("noise",), ("noise", "variance", "unconditional"), ("h1", "last"), ()])
+def test_transitions_of_the_cpu(operands, dtypes):
+    """The bits but of sums, which another order makes, and their gradients."""
+    for shape in ((6, 4, 9, 11), (3, 4, 64, 64), (3, 1), (2, 70001)):
+        given = problem(*operands, shape=shape, dtypes=dtypes)
+        given["table"][:, 8] = given["table"][:, 8].abs() + 0.5
+        target = None if "noise" in operands else drawn(*shape, dtype=dtypes[0], seed=40)
+        got = transition(given, target)
+        want = transition(on_cpu(given), None if target is None else target.cpu())
+        check_equal(got[:5], want[:5])
+        check_equal(got[6:], want[6:])
+        tolerance = 1e-12 if dtypes[0] == torch.float64 else 1e-6
+        torch.testing.assert_close(got[5].cpu(), want[5], rtol=tolerance, atol=tolerance * math.prod(shape[1:]))
+        assert torch.equal(got[5], transition(given, target)[5])  # in one order
+        of_log_prob = drawn(shape[0], dtype=got[5].dtype, seed=41)
+        values = [given[k] for k in ("x", "output", "unconditional", "variance", "noise")]
+        statics = [given[k] for k in ("row", "guidance_scale", "low", "high", "offset")]
+        learned, last = "variance" in operands, "last" in operands
+        none = torch.empty(0, device="cuda", dtype=dtypes[0])
+        arguments = [given["x"], none, none, given["x"], none.to(dtypes[1]), *values, of_log_prob, got[6]]
+        arguments += [*(given[k] for k in NUMBERS), *statics]
+        arguments += ["unconditional" in operands, target is None, False, False, last, 0, 0b11 | learned << 3, 1]
+        local = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+        run = torch.ops.pyperf_dl.sampler_step_backward
+        check_equal(run(*arguments), run(*local))
+
+
+@pytest.mark.parametrize(("shape", "launches"), [((8, 4, 16, 16), 1), ((2, 4, 64, 64), 2)], ids=str)
+def test_launches_of_transitions(shape, launches):
+    """A second one adds the sums of samples that several blocks have."""
+    given = problem("unconditional", "noise", shape=shape, copies=2)
+    assert kernels(lambda: transition(given)) == launches
 
 
 def layouts():
@@ -242,9 +284,9 @@ def test_gradients_draw_what_randn_draws():
 
     def run(step, noise, state):
         numbers = (a_table(), step, None, None, state, 1, 1.0, -INFINITY, INFINITY, 0)
-        flags = (False, False, False, False, 0, 0b100001011, 1)
+        flags = (False, True, False, False, False, 0, 0b100001011, 1)
         return torch.ops.pyperf_dl.sampler_step_backward(
-            grad, none, none, none, none, None, None, None, variance, noise, *numbers, *flags
+            grad, none, none, none, none, None, None, None, variance, noise, None, None, *numbers, *flags
         )
 
     for step_of in (None, whole([0, 3, 1, 4, 2, 0])):

@@ -106,6 +106,7 @@ def feature_sets():
     return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in flags.items()})
 
 
+CLIP_AND_VARIANCE = list(itertools.product([(-INF, INF), (-1.0, 1.0)], [False, True]))
 SHAPES = [(2, 3, 5, 7), (1, 4, 16, 16), (4, 129), (3, 1), (2, 4100), (0, 3), (1, 0), (5,)]
 
 
@@ -143,9 +144,9 @@ def backward_arguments(args, wanted=None, seed=7):
         wanted = sum(1 << k for k, t in enumerate(tensors) if t is not None and (k != 3 or learned))
     row, scale, low, high, offset, denoised, keeps, copies, sample_dims = statics
     return (
-        *grads, x, output, unconditional, *((variance, noise) if learned else (None, None)),
+        *grads, x, output, unconditional, *((variance, noise) if learned else (None, None)), None, None,
         table, step, guidance, key if learned else None, state, row, scale, low, high, offset,
-        unconditional is not None, denoised, keeps, last is not None, copies, wanted, sample_dims,
+        unconditional is not None, True, denoised, keeps, last is not None, copies, wanted, sample_dims,
     )  # fmt: skip
 
 
@@ -170,6 +171,187 @@ def test_reference_gradients_are_those_of_autograd():
             if t.numel()
         ]
         torch.testing.assert_close(got, list(want))
+
+
+# ---- log-probability ----
+
+
+def transition_arguments(*args, target=False, score=True, **flags):
+    """Of sampler_transition: every row of the table adds noise."""
+    flags = flags | ({"noise": "none", "copies": 0} if target else {})
+    args = list(arguments(*args, **flags))
+    args[TENSORS][:, 8] = args[TENSORS][:, 8].abs() + 0.3
+    x = args[0]
+    wanted = torch.randn(x.shape, generator=torch.Generator().manual_seed(77)).to(x.dtype) if target else None
+    return (*args[:TENSORS], wanted, *args[TENSORS:-1], score, args[-1])
+
+
+def test_log_probability_is_that_of_the_normal_distribution():
+    args = transition_arguments((3, 4, 5), variance=True, clip=(-1.0, 1.0))
+    got = linear.sampler_transition(*args)
+    mean = linear.sampler_step(*args[: TENSORS - 1], None, *args[TENSORS + 1 : -2], 1)[0]
+    deviation = linear.deviation(args[0], args[3], *args[TENSORS + 1 : TENSORS + 3], args[TENSORS + 7])
+    normal = torch.distributions.Normal(mean.requires_grad_(), deviation)
+    want = normal.log_prob(got[0]).flatten(1).sum(1)
+    torch.testing.assert_close(got[5], want)
+    torch.testing.assert_close(got[6], torch.autograd.grad(want.sum(), mean)[0])
+
+
+@given(
+    st.sampled_from(SHAPES), st.sampled_from(DTYPES), feature_sets(), st.booleans(),
+    st.integers(0, 2**20),
+)  # fmt: skip
+def test_transitions_agree_with_reference(shape, dtype, flags, target, seed):
+    """With the sample that was made as the target of the reference, for a rounding more or less is a score's."""
+    flags = flags | ({} if flags["noise"] != "none" else {"noise": "given"})
+    args = transition_arguments(shape, dtype, seed=seed, target=target, **flags)
+    got = ops.sampler_transition(*args)
+    size = 16 if flags["variance"] else 8
+    assert_near(got[:5], linear.sampler_transition(*args)[:5], allowed(dtype, flags), size)
+    if not target:
+        assert_near(got[:5], ops.sampler_step(*args[:TENSORS], *args[TENSORS + 1 : -2], args[-1]), 0.001, size)
+        args = list(args)
+        args[TENSORS], args[8], args[TENSORS + 4], args[-3] = got[0], None, None, 0
+    want = linear.sampler_transition(*args)
+    if not args[0].numel():
+        assert got[5].shape == want[5].shape == shape[:1]
+        assert not got[5].any() and not want[5].any()  # noqa: PT018 - a sum over nothing
+        return
+    spread = linear.deviation(args[0], args[3], *args[TENSORS + 1 : TENSORS + 3], args[TENSORS + 7])
+    deviation = float(spread.min())
+    eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else torch.float64).eps
+    terms = 64 * eps * size  # of the mean
+    of_z = terms / deviation
+    z = float((want[6].double() * spread).abs().max())
+    single = 0 if dtype == torch.float64 else 2**-24
+    torch.testing.assert_close(
+        got[6].double(), want[6].double(), rtol=64 * eps + 2 * single, atol=float(of_z / deviation)
+    )
+    elements = math.prod(shape[1:])
+    bound = elements * (of_z * (z + of_z) + 64 * eps * (z * z + 10)) + 4 * single * want[5].abs().max()
+    torch.testing.assert_close(got[5], want[5], rtol=0, atol=float(bound))
+
+
+def transition_backward_arguments(args, seed=7):
+    """Of sampler_step_backward: of all outputs, with the bits of all inputs."""
+    g = torch.Generator().manual_seed(seed)
+    made = ops.sampler_transition(*args)
+    target = args[TENSORS]
+    grads = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in made]
+    first = args[0] if target is not None else grads[0]
+    x, output, unconditional, variance, *_, last, noise = args[:TENSORS]
+    table, step, guidance, key, state, _, row, scale, low, high, offset, denoised, keeps, copies, _, dims = args[
+        TENSORS + 1 :
+    ]
+    wanted = sum(1 << k for k, t in enumerate(args[:TENSORS]) if t is not None)
+    return (
+        first, *grads[1:5], x, output, unconditional, variance, noise, grads[5], made[6],
+        table, step, guidance, key if variance is not None else None, state, row, scale, low, high, offset,
+        unconditional is not None, target is None, denoised, keeps, last is not None, copies, wanted, dims,
+    )  # fmt: skip
+
+
+@given(st.sampled_from(SHAPES), st.sampled_from(DTYPES), feature_sets(), st.booleans(), st.integers(0, 2**20))
+def test_gradients_of_transitions_agree_with_reference(shape, dtype, flags, target, seed):
+    flags = flags | {"adjust": False} | ({} if flags["noise"] != "none" else {"noise": "given"})
+    args = transition_backward_arguments(transition_arguments(shape, dtype, seed=seed, target=target, **flags))
+    score = args[11].double().abs().max() if args[11].numel() else 1.0
+    size = (64 if flags["variance"] else 16) * float(1 + score * (1 + score))
+    got, want = ops.sampler_step_backward(*args), linear.sampler_step_backward(*args)
+    assert_near(got, want, allowed(dtype, flags), size)
+
+
+def differentiable_transition(**flags):
+    args = transition_arguments(**flags)
+    there = [k for k in range(TENSORS) if args[k] is not None]
+
+    def of(function):
+        def transition(*tensors):
+            full = [None] * TENSORS
+            for k, t in zip(there, tensors, strict=True):
+                full[k] = t
+            return function(*full, *args[TENSORS:])[:6]
+
+        return transition
+
+    return of, [args[k].detach().requires_grad_() for k in there]
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize(("clip", "variance"), CLIP_AND_VARIANCE)
+def test_derivatives_of_transitions(clip, target, variance):
+    """Of the first and the second order, against those of the reference by autograd."""
+    of, inputs = differentiable_transition(clip=clip, target=target, variance=variance)
+    results = []
+    for function in (operators.transition, linear.sampler_transition):
+        made = [t for t in of(function)(*inputs) if t.numel()]
+        first = torch.autograd.grad(sum(t.sin().sum() for t in made), inputs, create_graph=True, allow_unused=True)
+        first = [torch.zeros_like(t) if g is None else g for g, t in zip(first, inputs, strict=True)]
+        second = torch.autograd.grad(sum(g.cos().sum() for g in first), inputs, allow_unused=True)
+        second = [torch.zeros_like(t) if g is None else g for g, t in zip(second, inputs, strict=True)]
+        results.append([*made, *first, *second])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_only_what_is_asked_for_is_pulled_back():
+    """The loss of a policy has the log-probability alone; the step's other outputs count nothing."""
+    of, inputs = differentiable_transition(target=True)
+    for function in (operators.transition, linear.sampler_transition):
+        of(function)(*inputs)[5].sum().backward()
+    want = torch.autograd.grad(of(linear.sampler_transition)(*inputs)[5].sum(), inputs, allow_unused=True)
+    for t, w in zip(inputs, want, strict=True):
+        torch.testing.assert_close(t.grad, 2 * w)
+
+
+def test_forward_derivatives_of_transitions_are_refused():
+    args = transition_arguments()
+    with pytest.raises(RuntimeError, match="no forward derivative"):
+        jvp(lambda x: operators.transition(x, *args[1:])[0], (args[0],), (args[0],))
+
+
+def test_transitions_of_a_batch_of_batches():
+    args = transition_arguments((2, 3, 4), per_sample=False, target=True, variance=True)
+    many = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    got = vmap(lambda x: operators.transition(x, *args[1:]))(many)
+    for k in range(3):
+        for g, w in zip(got, operators.transition(many[k], *args[1:]), strict=True):
+            assert torch.equal(g[k] if g.numel() else g, w)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "flags", [{}, {"noise": "key", "variance": True}, {"target": True, "clip": (-1.0, 1.0)}, {"channels_last": True}]
+)
+def test_opcheck_of_transitions(dtype, flags):
+    args = transition_arguments((2, 3, 4, 5), dtype, **flags)
+    opcheck(ops.sampler_transition.default, args)
+    opcheck(ops.sampler_step_backward.default, transition_backward_arguments(args))
+    opcheck(
+        ops.sampler_transition.default,
+        tuple(t.requires_grad_() if torch.is_tensor(t) and k < TENSORS else t for k, t in enumerate(args)),
+    )
+
+
+@compiled
+def test_wrong_calls_of_the_raw_transition_raise():
+    args = transition_arguments((2, 8), torch.float32)
+    ops.sampler_transition(*args)
+    x = args[0]
+    cases = {
+        "one of noise, key and target": {TENSORS: x},
+        "no state": {TENSORS + 5: torch.tensor([1, 2]), 8: None},
+        "not of a target": {TENSORS: x, 8: None},
+        "target must have": {TENSORS: x[:1], 8: None, TENSORS + 14: 0},
+        "sample_dims": {TENSORS + 16: 3},
+    }
+    for text, changes in cases.items():
+        wrong = list(args)
+        for k, value in changes.items():
+            wrong[k] = value
+        with pytest.raises(RuntimeError, match=text):
+            ops.sampler_transition(*wrong)
 
 
 # ---- whole samples ----
@@ -303,7 +485,8 @@ for dtype in t.DTYPES:
     for flags in ({"noise": "key", "variance": True, "clip": (-1.0, 1.0)}, {"adjust": True}, {"history": 0}):
         args = t.arguments((3, 1003), dtype, **flags)
         back = () if "adjust" in flags else t.ops.sampler_step_backward(*t.backward_arguments(args))
-        for made in (*t.ops.sampler_step(*args), *back):
+        noisy = t.transition_arguments((3, 1003), dtype, **flags)
+        for made in (*t.ops.sampler_step(*args), *t.ops.sampler_transition(*noisy), *back):
             digest.update(made.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -339,9 +522,6 @@ def differentiable(**flags):
         return operators.step(*full, *args[TENSORS:])
 
     return step, [args[k].requires_grad_() for k in there]
-
-
-CLIP_AND_VARIANCE = list(itertools.product([(-INF, INF), (-1.0, 1.0)], [False, True]))
 
 
 @pytest.mark.parametrize(("clip", "variance"), CLIP_AND_VARIANCE)
@@ -498,7 +678,8 @@ def test_wrong_calls_of_the_raw_backward_raise():
         "float16, bfloat16": (4, args[4].int()),
         "a clip needs": (5, None),
         "learned variance needs": (8, None),
-        "exclude": (13, torch.tensor([1])),
+        "exclude": (15, torch.tensor([1])),
+        "one a sample": (10, torch.zeros(2)),
     }
     for text, (k, value) in cases.items():
         wrong = [*args[:k], value, *args[k + 1 :]]

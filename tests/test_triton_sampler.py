@@ -370,9 +370,12 @@ def backward_call(x, model_dtype, options, wanted=None):
         **{name: call[name] if clipping else None for name in ("x", "output", "unconditional")},
         "variance": call["variance"] if keep_noise else None,
         "noise": call["noise"] if keep_noise else None,
+        "grad_log_prob": None,
+        "score": None,
         **{name: call[name] for name in ("table", "step", "guidance", "key", "state")},
         **{name: call[name] for name in ("row", "guidance_scale", "low", "high", "offset")},
         "guided": call["unconditional"] is not None,
+        "next": True,
         "denoised": call["denoised"],
         "keeps": call["keeps"],
         "corrects": call["last"] is not None,
@@ -406,6 +409,88 @@ def test_layouts_of_gradients(small_programs, launcher, layout):
     if x.numel():
         for sample_dims, option in itertools.product((0, 1, 2), ({"copies": 2, "clip": (-1.0, 1.0)}, FORMS["noise"])):
             check_backward(launcher, x, torch.float32, {**option, "sample_dims": sample_dims})
+
+
+# ---- log-probability ----
+
+TRANSITIONS = {
+    "noise": {"noise": "given", "copies": 2},
+    "learned variance, keys": {"noise": "keys", "variance": True, "clip": (-1.0, 1.0), "denoised": True},
+    "target": {"history": 2, "guided": True},
+    "corrected target": {"history": 2, "last": True, "keeps": True, "variance": True},
+    "a row for each sample": {"noise": "given", "step": 4, "guided": True, "guidance": 2},
+    "adjusted": {"noise": "one key", "adjust": 4, "guided": True},
+}
+
+
+def transition_call(x, model_dtype, **options):
+    call = step_call(x, model_dtype, **options)
+    call["table"][:, 8] = call["table"][:, 8].abs() + 0.5
+    drawn = call["noise"] is not None or call["key"] is not None
+    behind = {"score": True, "sample_dims": call.pop("sample_dims")}
+    names = list(call)
+    at = names.index("table")
+    target = None if drawn else like(x, 17)
+    return {**{n: call[n] for n in names[:at]}, "target": target, **{n: call[n] for n in names[at:]}, **behind}
+
+
+def transition_backward_call(call, made):
+    grads = [like(t, 20 + k) for k, t in enumerate(made)]
+    names = ("x", "output", "unconditional", "variance", "noise")
+    given = [call[name] is not None for name in GRADIENTS]
+    return {
+        "grad_next": call["x"] if call["target"] is not None else grads[0],
+        **{f"grad_{what}": g for what, g in zip(OUTPUTS[1:], grads[1:5], strict=True)},
+        **{name: call[name] for name in names},
+        "grad_log_prob": grads[5],
+        "score": made[6],
+        **{name: call[name] for name in ("table", "step", "guidance", "key", "state")},
+        **{name: call[name] for name in ("row", "guidance_scale", "low", "high", "offset")},
+        "guided": call["unconditional"] is not None,
+        "next": call["target"] is None,
+        **{name: call[name] for name in ("denoised", "keeps")},
+        "corrects": call["last"] is not None,
+        "copies": call["copies"],
+        "wanted": sum(1 << k for k, there in enumerate(given) if there),
+        "sample_dims": call["sample_dims"],
+    }
+
+
+@pytest.mark.skipif(not NATIVE, reason="the compiled library is not there")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("form", TRANSITIONS)
+def test_transitions_are_those_of_the_cpu(launcher, small_programs, form, dtypes):
+    """Which are compared with plain PyTorch; sums but for their order, and exponentials are others."""
+    for shape in ((4, 3, 7), (4, 150), (4, 1)):
+        call = transition_call(numbers(*shape, dtype=dtypes[0]), dtypes[1], **TRANSITIONS[form])
+        got = launcher.sampler_transition(*on_device(call).values())
+        native = torch.ops.pyperf_dl.sampler_transition(*call.values())
+        narrow = dtypes[0].itemsize == 2 or dtypes[1].itemsize == 2
+        for k, (a, b) in enumerate(zip(got, native, strict=True)):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            close = {"rtol": 2.0**-6, "atol": 2.0**-5} if narrow else {"rtol": 1e-5, "atol": 1e-5}
+            if k >= 5:  # by deviations of 0.5, which samples of 16 bits are off by
+                close["atol"] *= 16 * (shape[-1] if k == 5 else 1)
+            torch.testing.assert_close(a.cpu(), b, **close)
+        if call["adjust"] is not None:
+            continue
+        back = transition_backward_call(call, native)
+        got = launcher.sampler_step_backward(*on_device(back).values())
+        for a, b in zip(got, torch.ops.pyperf_dl.sampler_step_backward(*back.values()), strict=True):
+            close = {"rtol": 2.0**-6, "atol": 2.0**-5} if narrow else {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(a.cpu(), b, **close)
+
+
+def test_a_log_probability_in_float64(launcher, small_programs):
+    x = numbers(4, 70, dtype=torch.float64)
+    call = transition_call(x, torch.float64, noise="given", variance=True, guided=True)
+    got = launcher.sampler_transition(*on_device(call).values())
+    for a, b in zip(got, linear.sampler_transition(*call.values()), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)
+    back = transition_backward_call(call, [t.cpu() for t in got])
+    wanted = linear.sampler_step_backward(*back.values())
+    for a, b in zip(launcher.sampler_step_backward(*on_device(back).values()), wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)
 
 
 # ---- what is wrong ----

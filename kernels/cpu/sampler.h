@@ -1,20 +1,25 @@
 // One step of a sampler on a CPU: runs of neighbouring elements of one sample, a vector at a time. Stamped once for
-// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h, ../math/sampler_call.h.
+// each SIMD level (simd_levels.h). Prelude: <algorithm>, that of machine.h, ../math/sampler_call.h,
+// ../common/sample_units.h.
 #include "elements.h"
 #include "normals.h"
 
 #include "../math/sampler.h"
 
-constexpr int64_t kStepRun = 2048;  // elements of a unit of work; a multiple of every vector
+// The type of log-probabilities.
+template <class T>
+using LogProb = std::conditional_t<sizeof(T) == 8, double, float>;
 
 // Operands of a run, T of samples and O of what the model makes and sees; null where there is none.
-template <class T, class O>
+template <class R, class T, class O>
 struct StepRun {
-  const T *x, *h1, *h2, *h3, *last, *noise;
+  const T *x, *h1, *h2, *h3, *last, *noise, *target;
   const O *output, *unconditional, *variance;
   const float* normals;  // noise that was made from keys
   T *next, *denoised, *kept, *corrected;
   O* model_input;
+  R* densities;  // what log-probabilities are sums of
+  LogProb<T>* score;
 };
 template <class R, class T, class O>
 struct GradientRun {
@@ -22,6 +27,8 @@ struct GradientRun {
   const O *output, *unconditional, *variance;
   const float* normals;
   const R* grad_model_input;  // summed over its copies
+  const LogProb<T>* score;
+  R grad_log_prob;
   T *grad_x, *grad_h1, *grad_h2, *grad_h3, *grad_last, *grad_noise;
   O *grad_output, *grad_unconditional, *grad_variance;
 };
@@ -64,10 +71,10 @@ struct StepBlock {
 
 // Without history, noise, correction, or a second output.
 template <bool kGuided, bool kClipped, class R, class T, class O>
-__attribute__((noinline)) void plain_step(const StepWeights<R>& weights, const StepRun<T, O>& run, int64_t n) {
+__attribute__((noinline)) void plain_step(const StepWeights<R>& weights, const StepRun<R, T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
   using Block = StepBlock<R>;
-  const StepRun<T, O> o = run;  // copies, which no store can change
+  const StepRun<R, T, O> o = run;  // copies, which no store can change
   const StepWeights<R> w = weights;
   for (int64_t i = 0; i < n; i += Block::kElements) {
     const Block x = Block::load(o.x + i);
@@ -85,11 +92,27 @@ __attribute__((noinline)) void plain_step(const StepWeights<R>& weights, const S
   }
 }
 
-template <bool kClipped, class R, class T, class O>
-__attribute__((noinline)) void full_step(const StepWeights<R>& weights, const StepRun<T, O>& run, int64_t n) {
+// Of the samples as they were rounded.
+template <class R, class T, class O>
+__attribute__((always_inline)) inline void store_densities(const StepWeights<R>& w, const StepRun<R, T, O>& o,
+                                                           int64_t i, const StepBlock<R>& mean) {
   using M = VectorMachine<R>;
   using Block = StepBlock<R>;
-  const StepRun<T, O> o = run;
+  const Block sample = Block::load((o.target ? o.target : o.next) + i);
+  Block variance{}, score;
+  if (o.variance) variance = Block::load(o.variance + i);
+  Block::made([&](int k) __attribute__((always_inline)) {
+    const auto difference = sample.v[k] - mean.v[k];
+    return math::log_density<M>(w, difference, o.variance != nullptr, variance.v[k], score.v[k]);
+  }).store(o.densities + i);
+  if (o.score) score.store(o.score + i);
+}
+
+template <bool kClipped, class R, class T, class O>
+__attribute__((noinline)) void full_step(const StepWeights<R>& weights, const StepRun<R, T, O>& run, int64_t n) {
+  using M = VectorMachine<R>;
+  using Block = StepBlock<R>;
+  const StepRun<R, T, O> o = run;
   const StepWeights<R> w = weights;
   for (int64_t i = 0; i < n; i += Block::kElements) {
     Block x = Block::load(o.x + i), m = Block::load(o.output + i);
@@ -117,6 +140,7 @@ __attribute__((noinline)) void full_step(const StepWeights<R>& weights, const St
     if (o.h1) next = next.plus(w.h1, Block::load(o.h1 + i));
     if (o.h2) next = next.plus(w.h2, Block::load(o.h2 + i));
     if (o.h3) next = next.plus(w.h3, Block::load(o.h3 + i));
+    const Block mean = next;
     if (o.noise || o.normals) {
       const Block noise = o.noise ? Block::load(o.noise + i) : Block::load(o.normals + i);
       if (o.variance) {
@@ -130,6 +154,7 @@ __attribute__((noinline)) void full_step(const StepWeights<R>& weights, const St
     }
     if (o.next) next.store(o.next + i);
     if (o.model_input) next.times(w.input).store(o.model_input + i);
+    if (o.densities) store_densities(w, o, i, mean);
   }
 }
 
@@ -144,6 +169,8 @@ __attribute__((noinline)) void step_gradients(const StepWeights<R>& w, bool guid
     V next = {}, kept = {};
     if (o.grad_next) next = load_lanes<R, L>(o.grad_next + i);
     if (o.grad_model_input) next = M::fma(M::of(w.input), M::load(o.grad_model_input + i), next);
+    const auto of_sample = next;
+    if (o.score) next = M::fma(M::of(o.grad_log_prob), load_lanes<R, L>(o.score + i), next);
     if (o.grad_kept) kept = load_lanes<R, L>(o.grad_kept + i);
     auto x = M::fma(M::of(w.x), next, kept * w.keep_x);
     if (o.grad_corrected) x = x + load_lanes<R, L>(o.grad_corrected + i);
@@ -173,11 +200,16 @@ __attribute__((noinline)) void step_gradients(const StepWeights<R>& w, bool guid
     if (o.grad_last) store_lanes<L, R>(x * w.last_x, o.grad_last + i);
     if (!o.grad_noise && !o.grad_variance) continue;
     const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
-    if (o.grad_noise) store_lanes<L, R>(next * deviation, o.grad_noise + i);
-    if (o.grad_variance) {
-      const auto noise = o.noise ? load_lanes<R, L>(o.noise + i) : load_lanes<R, L>(o.normals + i);
-      store_lanes<L, R>(next * noise * deviation * w.log_deviation_slope, o.grad_variance + i);
+    if (o.grad_noise) store_lanes<L, R>(of_sample * deviation, o.grad_noise + i);
+    if (!o.grad_variance) continue;
+    V of_variance = {};
+    if (o.noise) of_variance = of_sample * load_lanes<R, L>(o.noise + i) * deviation;
+    if (o.normals) of_variance = of_sample * load_lanes<R, L>(o.normals + i) * deviation;
+    if (o.score) {
+      const auto of_density = math::log_density_by_deviation<M>(load_lanes<R, L>(o.score + i), deviation);
+      of_variance = M::fma(M::of(o.grad_log_prob), of_density, of_variance);
     }
+    store_lanes<L, R>(of_variance * w.log_deviation_slope, o.grad_variance + i);
   }
 }
 
@@ -221,20 +253,22 @@ PYPERF_HD T* at_element(const sampler::Elements& e, int64_t sample, int64_t elem
 
 template <class R, class T, class O>
 void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sample, int64_t first, int64_t n,
-              const float* normals) {
+              const float* normals, R* densities) {
   using namespace sampler;
   const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
   const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
-  StepRun<T, O> o{};
+  StepRun<R, T, O> o{};
   o.x = of(kSample), o.h1 = of(kHistory1), o.h2 = of(kHistory2), o.h3 = of(kHistory3), o.last = of(kLast);
   o.noise = of(kNoise), o.normals = normals;
   o.output = of_model(kOutput), o.unconditional = of_model(kUnconditional), o.variance = of_model(kVariance);
   o.next = of(kNext), o.denoised = of(kDenoised), o.kept = of(kKept), o.corrected = of(kCorrected);
   O* const model_input = static_cast<O*>(call.operand[kModelInput].data);
   if (model_input) o.model_input = model_input + call.model_input_at(sample, 0) + first;
+  o.target = at_element<T>(call.target, sample, first), o.densities = densities;
+  o.score = at_element<LogProb<T>>(call.score, sample, first);
 
   const bool plain = !o.h1 && !o.h2 && !o.h3 && !o.last && !o.noise && !o.normals && !o.denoised && !o.kept &&
-                     !o.corrected && !o.model_input && !call.adjust;
+                     !o.corrected && !o.model_input && !call.adjust && !densities;
   const auto pick = [&] {
     if (!plain) return call.clips() ? &full_step<true, R, T, O> : &full_step<false, R, T, O>;
     const bool clipped = w.d != R(0);
@@ -243,11 +277,11 @@ void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sa
   };
   const auto pass = pick();
   in_vectors<StepBlock<R>::kElements>(
-      o, n, [&](const StepRun<T, O>& run, int64_t count) { pass(w, run, count); },
-      [](StepRun<T, O>& r, const auto& move) {
+      o, n, [&](const StepRun<R, T, O>& run, int64_t count) { pass(w, run, count); },
+      [](StepRun<R, T, O>& r, const auto& move) {
         move(r.x), move(r.h1), move(r.h2), move(r.h3), move(r.last), move(r.noise), move(r.output);
         move(r.unconditional), move(r.variance), move(r.normals), move(r.next), move(r.denoised), move(r.kept);
-        move(r.corrected), move(r.model_input);
+        move(r.corrected), move(r.model_input), move(r.target), move(r.densities), move(r.score);
       });
   for (int64_t copy = 1; model_input && copy < call.copies; ++copy)
     memcpy(static_cast<void*>(model_input + call.model_input_at(sample, copy) + first), o.model_input, n * sizeof(O));
@@ -281,6 +315,8 @@ void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const 
   o.grad_h3 = of_input(kHistory3), o.grad_last = of_input(kLast), o.grad_noise = of_input(kNoise);
   o.grad_output = of_model_input(kOutput), o.grad_unconditional = of_model_input(kUnconditional);
   o.grad_variance = of_model_input(kVariance);
+  o.score = at_element<LogProb<T>>(call.score, sample, first);
+  if (o.score) o.grad_log_prob = R(static_cast<const LogProb<T>*>(grads.of_log_prob)[sample]);
   const bool clips = call.clips();
   in_vectors<L>(
       o, n, [&](const Run& run, int64_t count) { step_gradients(w, call.guided, clips, call.corrects, run, count); },
@@ -288,7 +324,7 @@ void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const 
         move(r.grad_next), move(r.grad_denoised), move(r.grad_kept), move(r.grad_corrected), move(r.x), move(r.noise);
         move(r.output), move(r.unconditional), move(r.variance), move(r.normals), move(r.grad_model_input);
         move(r.grad_x), move(r.grad_h1), move(r.grad_h2), move(r.grad_h3), move(r.grad_last), move(r.grad_noise);
-        move(r.grad_output), move(r.grad_unconditional), move(r.grad_variance);
+        move(r.grad_output), move(r.grad_unconditional), move(r.grad_variance), move(r.score);
       });
 }
 
@@ -297,14 +333,14 @@ void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const 
 // visit(weights, sample, first element, elements, scratch) for every run.
 template <class Weights, class Parallel, class Visit>
 void in_runs(const sampler::StepCall& call, int64_t scratch_bytes, const Parallel& parallel, const Visit& visit) {
-  const int64_t pieces = (call.sample_size + kStepRun - 1) / kStepRun;
+  const int64_t pieces = call.runs();
   parallel(call.samples * pieces, 4, scratch_bytes, [&](int64_t from, int64_t to, void* scratch) {
     int64_t sample = from / pieces, piece = from % pieces;
     Weights weights(call, sample);
     for (int64_t i = from; i < to; ++i, ++piece) {
       if (piece == pieces) weights = Weights(call, ++sample), piece = 0;
-      const int64_t first = piece * kStepRun;
-      visit(weights, sample, first, std::min(kStepRun, call.sample_size - first), static_cast<char*>(scratch));
+      const int64_t first = piece * sampler::kStepRun;
+      visit(weights, sample, first, std::min(sampler::kStepRun, call.sample_size - first), static_cast<char*>(scratch));
     }
   });
 }
@@ -332,16 +368,26 @@ void with_step_types(const sampler::StepCall& call, const With& with) {
   }
 }
 
+// partials: one for each run, where there is a log-probability.
 template <class Parallel>
-void step(const sampler::StepCall& call, const Parallel& parallel) {
+void step(const sampler::StepCall& call, double* partials, const Parallel& parallel) {
   with_step_types(call, [&](auto r, auto t, auto o) {
-    using Weights = StepWeights<decltype(r)>;
-    in_runs<Weights>(call, kStepRun * sizeof(float), parallel,
+    using R = decltype(r);
+    using T = decltype(t);
+    using Weights = StepWeights<R>;
+    const int64_t pieces = call.runs();
+    in_runs<Weights>(call, sampler::kStepRun * (sizeof(R) + sizeof(float)), parallel,
                      [&](const Weights& w, int64_t sample, int64_t first, int64_t n, char* scratch) {
-                       const float* const normals =
-                           normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
-                       step_run<decltype(r), decltype(t), decltype(o)>(call, w, sample, first, n, normals);
+                       R* const densities = call.log_prob ? reinterpret_cast<R*>(scratch) : nullptr;
+                       float* const memory = reinterpret_cast<float*>(scratch + sampler::kStepRun * sizeof(R));
+                       const float* const normals = normals_of(call, sample, first, n, memory);
+                       step_run<R, T, decltype(o)>(call, w, sample, first, n, normals, densities);
+                       if (call.log_prob)
+                         partials[sample * pieces + first / sampler::kStepRun] =
+                             ordered_sum(densities, n) + double(n) * math::log_normalizer(call, sample);
                      });
+    LogProb<T>* const sums = static_cast<LogProb<T>*>(call.log_prob);
+    for (int64_t s = 0; sums && s < call.samples; ++s) sums[s] = LogProb<T>(ordered_sum(partials + s * pieces, pieces));
   });
 }
 
@@ -350,10 +396,10 @@ void step_backward(const sampler::StepCall& call, const sampler::StepGradients& 
   with_step_types(call, [&](auto r, auto t, auto o) {
     using R = decltype(r);
     using Weights = StepWeights<R>;
-    in_runs<Weights>(call, kStepRun * (sizeof(R) + sizeof(float)), parallel,
+    in_runs<Weights>(call, sampler::kStepRun * (sizeof(R) + sizeof(float)), parallel,
                      [&](const Weights& w, int64_t sample, int64_t first, int64_t n, char* scratch) {
                        R* const sum = reinterpret_cast<R*>(scratch);
-                       float* const memory = reinterpret_cast<float*>(scratch + kStepRun * sizeof(R));
+                       float* const memory = reinterpret_cast<float*>(scratch + sampler::kStepRun * sizeof(R));
                        const float* const normals = normals_of(call, sample, first, n, memory);
                        gradient_run<R, decltype(t), decltype(o)>(call, w, grads, sample, first, n, normals, sum);
                      });
@@ -367,7 +413,7 @@ void noise(const sampler::StepCall& call, const Parallel& parallel) {
   };
   with_step_types(call, [&](auto, auto t, auto) {
     using T = decltype(t);
-    in_runs<NoWeights>(call, kStepRun * sizeof(float), parallel,
+    in_runs<NoWeights>(call, sampler::kStepRun * sizeof(float), parallel,
                        [&](NoWeights, int64_t sample, int64_t first, int64_t n, char* scratch) {
                          const float* const normals =
                              normals_of(call, sample, first, n, reinterpret_cast<float*>(scratch));
@@ -433,8 +479,8 @@ void adjust_sample(const sampler::AdjustmentCall& call, int64_t sample, R* condi
   double* const out = call.out + 2 * sample;
   out[0] = 1, out[1] = double(INFINITY);
   const auto in_pieces = [&](const auto& visit) {
-    for (int64_t first = 0; first < n; first += kStepRun) {
-      const int64_t count = std::min(kStepRun, n - first);
+    for (int64_t first = 0; first < n; first += sampler::kStepRun) {
+      const int64_t count = std::min(sampler::kStepRun, n - first);
       load_guided<R, T, O>(step, w, sample, first, count, conditional, guided);
       visit(first, count);
     }
@@ -468,10 +514,10 @@ template <class Parallel>
 void adjustments(const sampler::AdjustmentCall& call, const Parallel& parallel) {
   with_step_types(call.step, [&](auto r, auto t, auto o) {
     using R = decltype(r);
-    parallel(call.step.samples, 1, 2 * kStepRun * sizeof(R), [&](int64_t from, int64_t to, void* scratch) {
+    parallel(call.step.samples, 1, 2 * sampler::kStepRun * sizeof(R), [&](int64_t from, int64_t to, void* scratch) {
       R* const memory = static_cast<R*>(scratch);
       for (int64_t sample = from; sample < to; ++sample)
-        adjust_sample<R, decltype(t), decltype(o)>(call, sample, memory, memory + kStepRun);
+        adjust_sample<R, decltype(t), decltype(o)>(call, sample, memory, memory + sampler::kStepRun);
     });
   });
 }

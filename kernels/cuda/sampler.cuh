@@ -12,6 +12,7 @@
 #include "../math/sampler_call.h"
 #include "common.cuh"
 #include "elementary.cuh"
+#include "sample_sums.cuh"
 
 namespace pyperf {
 #include "../math/normal.h"
@@ -92,6 +93,8 @@ template <class T>
 using SampleVector = Neighbours<T, kWidth<T>>;
 template <class T, class O>
 using ModelVector = Neighbours<O, kWidth<T>>;
+template <class T>
+using LogProb = std::conditional_t<sizeof(T) == 8, double, float>;
 
 struct StepPlan {
   int64_t blocks;
@@ -366,9 +369,34 @@ __global__ void __launch_bounds__(kStepBlock, 2) plain_step_kernel(StepCall call
   }
 }
 
+// The sum of the log-densities of samples as they were rounded, but for what each element has whatever it is.
 template <class R, class T, class O>
-PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at, bool made,
-                             Normals<kWidth<T>>& normals, int vector) {
+PYPERF_DEVICE double sum_densities(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at,
+                                   const R (&mean)[kWidth<T>], const R (&next)[kWidth<T>],
+                                   const ModelVector<T, O>& variance) {
+  using M = ScalarMachine<R>;
+  constexpr int W = kWidth<T>;
+  SampleVector<T> sample;
+  if (call.target.data)
+    load_operand(call.target, at, sample);
+  else
+    sample.set(next);
+  R score[W];
+  double sum = 0;
+  each<W>([&](int i) {
+    const R learned = call.has(kVariance) ? variance.template value<R>(i) : R(0);
+    const R difference = sample.template value<R>(i) - mean[i];
+    const R density = math::log_density<M>(w, difference, call.has(kVariance), learned, score[i]);
+    sum += at.from <= i && i < at.to ? double(density) : 0.0;
+  });
+  store_operand<LogProb<T>>(call.score, at, score);
+  return sum;
+}
+
+// Returns the sum of log-densities where it is a transition.
+template <bool kTransition, class R, class T, class O>
+PYPERF_DEVICE double full_step(const StepCall& call, const StepWeights<R>& w, const VectorPlace& at, bool made,
+                               Normals<kWidth<T>>& normals, int vector) {
   using M = ScalarMachine<R>;
   constexpr int W = kWidth<T>;
   SampleVector<T> samples, h1, h2, h3, last, noise;
@@ -404,6 +432,8 @@ PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, cons
   if (call.has(kHistory1)) each<W>([&](int i) { result[i] = M::fma(w.h1, h1.template value<R>(i), result[i]); });
   if (call.has(kHistory2)) each<W>([&](int i) { result[i] = M::fma(w.h2, h2.template value<R>(i), result[i]); });
   if (call.has(kHistory3)) each<W>([&](int i) { result[i] = M::fma(w.h3, h3.template value<R>(i), result[i]); });
+  R mean[W];
+  if constexpr (kTransition) each<W>([&](int i) { mean[i] = result[i]; });
   if (made || call.has(kNoise))
     each<W>([&](int i) {
       const R of_noise = made ? R(normals.at(vector, i)) : noise.template value<R>(i);
@@ -412,6 +442,8 @@ PYPERF_DEVICE void full_step(const StepCall& call, const StepWeights<R>& w, cons
     });
   store_operand<T>(call.operand[kNext], at, result);
   store_model_input<O>(call, w, at, result);
+  if constexpr (kTransition) return sum_densities<R, T, O>(call, w, at, mean, result, variance);
+  return 0;
 }
 
 // visit(place, weights, vector) for every vector of every item, with its normals made before where `made`.
@@ -445,8 +477,38 @@ __global__ void __launch_bounds__(kStepBlock, kOwnWeights ? 1 : 2) full_step_ker
   const bool made = call.makes_noise();
   visit_items<kOwnWeights, T>(call, plan, made, normals,
                               [&](const VectorPlace& at, const StepWeights<R>& w, int vector) {
-                                full_step<R, T, O>(call, w, at, made, normals, vector);
+                                full_step<false, R, T, O>(call, w, at, made, normals, vector);
                               });
+}
+
+// partials: [samples, plan.tiles]; null where a tile is a sample.
+template <class T, class O>
+__global__ void __launch_bounds__(kStepBlock, 2) transition_kernel(StepCall call, StepPlan plan, double* partials) {
+  using R = Arithmetic<T>;
+  __shared__ Normals<kWidth<T>> normals;
+  __shared__ double sums[kStepBlock];
+  const bool made = call.makes_noise();
+  const int thread = int(threadIdx.x), place = thread & ((1 << plan.lanes) - 1);
+  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
+    StepItem item;
+    const bool any = find_item<kWidth<T>>(call, plan, block, item);
+    if (any && made) make_normals<T>(call, item, normals);
+    const StepWeights<R>& w = weights_of<R>(call, plan, item.sample);
+    double sum = 0;
+    int64_t elements = 0;
+    if (any)
+      visit_vectors<kWidth<T>>(call, plan, item, [&](const VectorPlace& at, int vector) {
+        sum += full_step<true, R, T, O>(call, w, at, made, normals, vector);
+        elements += at.to - at.from;
+      });
+    sums[thread] = any ? sum + double(elements) * math::log_normalizer(call, item.sample) : 0.0;
+    cuda::sum_group(sums + (thread - place), place, 1 << plan.lanes, true);
+    if (place != 0 || item.sample >= call.samples) continue;
+    if (partials)
+      partials[(block << kBlockLanes | thread) >> plan.lanes] = sums[thread];
+    else
+      static_cast<LogProb<T>*>(call.log_prob)[item.sample] = LogProb<T>(sums[thread]);
+  }
 }
 
 // ---- its gradients ----
@@ -458,6 +520,7 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
   constexpr int W = kWidth<T>;
   const auto of = [&](int k) -> const Elements& { return grads.of_output[k - kNext]; };
   SampleVector<T> of_next, of_kept, of_corrected, of_denoised, samples, noise;
+  Neighbours<LogProb<T>, W> score;
   ModelVector<T, O> of_input, output, unconditional, variance;
   load_operand(of(kNext), at, of_next), load_operand(of(kKept), at, of_kept);
   load_operand(of(kCorrected), at, of_corrected), load_operand(of(kDenoised), at, of_denoised);
@@ -465,7 +528,7 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
     load_operand(call.operand[kSample], at, samples), load_operand(call.operand[kOutput], at, output);
     load_operand(call.operand[kUnconditional], at, unconditional);
   }
-  R next[W], kept[W], x[W], d[W], m[W], result[W];
+  R next[W], kept[W], x[W], d[W], m[W], result[W], of_log_prob = R(0);
   each<W>([&](int i) { next[i] = kept[i] = R(0); });
   if (of(kNext).data) each<W>([&](int i) { next[i] = of_next.template value<R>(i); });
   if (of(kModelInput).data) {
@@ -477,6 +540,34 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
     }
     each<W>([&](int i) { next[i] = M::fma(w.input, result[i], next[i]); });
   }
+  if (call.score.data) {
+    load_operand(call.score, at, score);
+    of_log_prob = R(static_cast<const LogProb<T>*>(grads.of_log_prob)[at.sample]);
+  }
+  if (grads.of_input[kNoise].data || grads.of_input[kVariance].data) {
+    load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
+    R deviation[W];
+    each<W>([&](int i) {
+      deviation[i] = call.has(kVariance) ? math::deviation<M>(w, variance.template value<R>(i)) : w.z;
+      result[i] = next[i] * deviation[i];
+    });
+    store_operand<T>(grads.of_input[kNoise], at, result);
+    each<W>([&](int i) { result[i] = R(0); });
+    if (made || call.has(kNoise))
+      each<W>([&](int i) {
+        const R of_noise = made ? R(normals.at(vector, i)) : noise.template value<R>(i);
+        result[i] = next[i] * of_noise * deviation[i];
+      });
+    if (call.score.data)
+      each<W>([&](int i) {
+        const R of_density = math::log_density_by_deviation<M>(score.template value<R>(i), deviation[i]);
+        result[i] = M::fma(of_log_prob, of_density, result[i]);
+      });
+    each<W>([&](int i) { result[i] = result[i] * w.log_deviation_slope; });
+    store_operand<O>(grads.of_input[kVariance], at, result);
+  }
+  // The log-probability takes the new sample as given, whatever noise made it.
+  if (call.score.data) each<W>([&](int i) { next[i] = M::fma(of_log_prob, score.template value<R>(i), next[i]); });
   if (of(kKept).data) each<W>([&](int i) { kept[i] = of_kept.template value<R>(i); });
   each<W>([&](int i) {
     x[i] = M::fma(w.x, next[i], kept[i] * w.keep_x);
@@ -516,20 +607,6 @@ PYPERF_DEVICE void step_gradients(const StepCall& call, const StepGradients& gra
     store_operand<T>(grads.of_input[k], at, result);
   };
   of_product(kHistory3, next, w.h3), of_product(kLast, x, w.last_x);
-  if (!grads.of_input[kNoise].data && !grads.of_input[kVariance].data) return;
-  load_operand(call.operand[kVariance], at, variance), load_operand(call.operand[kNoise], at, noise);
-  R deviation[W];
-  each<W>([&](int i) {
-    deviation[i] = call.has(kVariance) ? math::deviation<M>(w, variance.template value<R>(i)) : w.z;
-    result[i] = next[i] * deviation[i];
-  });
-  store_operand<T>(grads.of_input[kNoise], at, result);
-  if (!grads.of_input[kVariance].data) return;
-  each<W>([&](int i) {
-    const R of_noise = made ? R(normals.at(vector, i)) : noise.template value<R>(i);
-    result[i] = next[i] * of_noise * deviation[i] * w.log_deviation_slope;
-  });
-  store_operand<O>(grads.of_input[kVariance], at, result);
 }
 
 template <bool kOwnWeights, class T, class O>
@@ -568,14 +645,18 @@ __global__ void __launch_bounds__(kStepBlock, 2) noise_kernel(StepCall call, Ste
 // Whether vectors of `width` lie where one access reaches them.
 inline bool packs(const StepCall& call, const StepGradients* grads, int width) {
   const auto is_model = [](int k) { return k == kOutput || k == kUnconditional || k == kVariance || k == kModelInput; };
+  const auto lies_by = [&](const Elements& e, Storage type, bool one) {
+    return !e.data || (reinterpret_cast<uintptr_t>(e.data) % uintptr_t(width * storage_bytes(type)) == 0 &&
+                       (one || e.stride % width == 0));
+  };
+  const bool one = call.samples == 1;
   const auto lies = [&](const Elements& e, int k) {
-    if (!e.data) return true;
-    const int bytes = width * storage_bytes(is_model(k) ? call.output_type : call.type);
-    const bool places = k == kModelInput ? (call.samples == 1 && call.copies <= 1) || call.sample_size % width == 0
-                                         : call.samples == 1 || e.stride % width == 0;
-    return reinterpret_cast<uintptr_t>(e.data) % uintptr_t(bytes) == 0 && places;
+    const Storage type = is_model(k) ? call.output_type : call.type;
+    return k == kModelInput ? lies_by({e.data, call.sample_size}, type, one && call.copies <= 1)
+                            : lies_by(e, type, one);
   };
   bool all = !call.draws || call.samples == 1 || call.sample_size % width == 0;
+  all = all && lies_by(call.target, call.type, one) && lies_by(call.score, call.log_prob_type(), one);
   for (int k = 0; k < kOperands; ++k) all = all && lies(call.operand[k], k);
   if (!grads) return all;
   for (int k = 0; k < kOutputs; ++k) all = all && lies(grads->of_output[k], kNext + k);
@@ -631,6 +712,25 @@ inline cudaError_t step(const StepCall& call, cudaStream_t stream, int64_t few =
     if constexpr (sizeof(T) < 8)
       if (call.draws && call.samples > 1) kernel = &full_step_kernel<true, T, O>;
     return cuda::launch(kernel, plan.blocks, kStepBlock, 0, stream, call, plan);
+  });
+}
+
+// Of doubles that a transition needs.
+inline int64_t transition_partials(const StepCall& call, int64_t few = kFewVectors) {
+  const StepPlan plan = plan_of(call, nullptr, few);
+  return plan.tiles > 1 ? call.samples * plan.tiles : 0;
+}
+
+// A step with a log-probability: one launch where a sample is a tile of a block, else two.
+inline cudaError_t transition(const StepCall& call, double* partials, cudaStream_t stream, int64_t few = kFewVectors) {
+  const StepPlan plan = plan_of(call, nullptr, few);
+  return with_types(call, [&](auto t, auto o) {
+    using T = decltype(t);
+    const bool whole = plan.tiles == 1;
+    const cudaError_t error = cuda::launch(&transition_kernel<T, decltype(o)>, plan.blocks, kStepBlock, 0, stream, call,
+                                           plan, whole ? nullptr : partials);
+    if (whole || error != cudaSuccess) return error;
+    return cuda::sum_partials<LogProb<T>>(partials, call.samples, plan.tiles, 1, call.log_prob, stream);
   });
 }
 

@@ -52,10 +52,38 @@ PYPERF_HD Value<M> clipped(const StepWeights<typename M::R>& w, Value<M> d) {
   return clamp<M>(d, M::of(w.low), M::of(w.high));
 }
 
-// Standard normal noise is multiplied with this.
+// Standard normal noise is multiplied with exp of this, and z.
+template <class M>
+PYPERF_HD Value<M> log_deviation(const StepWeights<typename M::R>& w, Value<M> variance) {
+  return M::fma(M::of(w.log_deviation_slope), variance, M::of(w.log_deviation));
+}
 template <class M>
 PYPERF_HD Value<M> deviation(const StepWeights<typename M::R>& w, Value<M> variance) {
-  return exp<M>(M::fma(M::of(w.log_deviation_slope), variance, M::of(w.log_deviation))) * w.z;
+  return exp<M>(log_deviation<M>(w, variance)) * w.z;
+}
+
+// What log N(sample; mean, deviation^2) has for each element whatever the learned variance is.
+PYPERF_HD double log_normalizer(const sampler::StepCall& call, int64_t sample) {
+  const int64_t row = call.row_of(sample);
+  if (row < 0 || row >= call.rows) return double(NAN);
+  return -std::log(call.table[row * sampler::kColumns + sampler::kZ]) - 0.91893853320467274178;  // log(2 pi) / 2
+}
+// And the rest of it, and its gradient with respect to the mean.
+template <class M>
+PYPERF_HD Value<M> log_density(const StepWeights<typename M::R>& w, Value<M> difference, bool learned,
+                               Value<M> variance, Value<M>& score) {
+  using R = typename M::R;
+  const Value<M> inverse = learned ? M::of(R(1)) / deviation<M>(w, variance) : M::of(R(1) / w.z);
+  const Value<M> z = difference * inverse;
+  score = z * inverse;
+  const Value<M> density = z * z * R(-0.5);
+  return learned ? density - log_deviation<M>(w, variance) : density;
+}
+// The gradient of both with respect to the learned variance, but for the slope.
+template <class M>
+PYPERF_HD Value<M> log_density_by_deviation(Value<M> score, Value<M> deviation) {
+  const Value<M> z = score * deviation;
+  return z * z - M::of(typename M::R(1));
 }
 
 }  // namespace math

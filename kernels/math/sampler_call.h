@@ -59,6 +59,8 @@ enum Operand : int {
 // Gradients of the outputs, in the order of the outputs, and of the inputs, in the order of those.
 constexpr int kOutputs = kOperands - kInputs;
 
+constexpr int64_t kStepRun = 2048;  // elements of one sample, a CPU's unit of work; a multiple of every vector
+
 // Operands are dense within a sample, `stride` elements from one to the next; null where they are not asked for.
 struct Elements {
   void* data;
@@ -95,9 +97,16 @@ struct StepCall {
   uint64_t seed, offset;
   int64_t threads;
 
+  // Of a transition: the log-probability of its samples, in float64 for such samples, else in float32.
+  void* log_prob;   // [samples]; null where it is not asked for
+  Elements target;  // samples it is of; null: the new ones
+  Elements score;   // its gradient with respect to the mean, of its type; in a backward an input
+
   PYPERF_HD bool has(int k) const { return operand[k].data != nullptr; }
+  PYPERF_HD Storage log_prob_type() const { return type == Storage::f64 ? Storage::f64 : Storage::f32; }
   PYPERF_HD bool makes_noise() const { return draws || key; }
   PYPERF_HD bool clips() const { return adjust || low > -__builtin_huge_val() || high < __builtin_huge_val(); }
+  PYPERF_HD int64_t runs() const { return (sample_size + kStepRun - 1) / kStepRun; }  // of a sample
   PYPERF_HD int64_t row_of(int64_t sample) const { return step ? step[sample % steps] : row; }
   PYPERF_HD double guidance_of(int64_t sample) const {
     return guidance ? guidance[sample % guidances] : guidance_scale;
@@ -111,6 +120,7 @@ struct StepCall {
 struct StepGradients {
   Elements of_output[kOutputs];
   Elements of_input[kInputs];
+  const void* of_log_prob;  // [samples], where the call has a score
 };
 
 // What a step needs to know of whole samples: StepCall::adjust of its operands kSample, kOutput, kUnconditional.

@@ -54,11 +54,16 @@ def _load(tensor, at, exists, WORK: tl.constexpr):
 
 
 @triton.jit
-def _store(tensor, values, at, exists):
+def _rounded(tensor, values):
     """16-bit types round from float32, as native kernels do."""
     if tensor.dtype.element_ty.primitive_bitwidth == 16:
         values = values.to(tl.float32)
-    tl.store(tensor + at, values.to(tensor.dtype.element_ty), mask=exists)
+    return values.to(tensor.dtype.element_ty)
+
+
+@triton.jit
+def _store(tensor, values, at, exists):
+    tl.store(tensor + at, _rounded(tensor, values), mask=exists)
 
 
 @triton.jit
@@ -183,6 +188,19 @@ def _deviation(z, log_small, log_large, variance, at, exists, WORK: tl.constexpr
         return tl.exp(tl.fma(slope, _load(variance, at, exists, WORK), middle)) * z.to(WORK), slope
 
 
+@triton.jit
+def _log_density(difference, z, log_small, log_large, variance, at, exists, WORK: tl.constexpr):
+    """log N but for log(2 pi) / 2, and its gradient with respect to the mean."""
+    deviation, slope = _deviation(z, log_small, log_large, variance, at, exists, WORK)
+    inverse = 1.0 / deviation
+    standard = difference * inverse
+    density = standard * standard * -0.5 - tl.log(z).to(WORK)
+    if variance is not None:
+        middle = (0.25 * (log_large + log_small)).to(WORK)
+        density -= tl.fma(slope, _load(variance, at, exists, WORK), middle)
+    return density, standard * inverse
+
+
 @triton.jit(do_not_specialize=["row"])
 def sampler_step(
     x,
@@ -194,11 +212,14 @@ def sampler_step(
     h3,
     last,
     noise,
+    target,
     after,
     denoised,
     kept,
     corrected,
     model_input,
+    partials,  # of log-probabilities, a sum for each segment
+    score,
     strides,  # of the inputs
     table,
     step,  # None: `row`; likewise the others
@@ -276,12 +297,26 @@ def sampler_step(
         total = tl.fma(by_h2.to(WORK), past2, total)
     if h3 is not None:
         total = tl.fma(by_h3.to(WORK), _load(h3, sample * strides[6] + element, exists, WORK), total)
-    deviation, _ = _deviation(z, log_small, log_large, variance, sample * strides[3] + element, exists, WORK)
+    of_variance = sample * strides[3] + element
+    deviation, _ = _deviation(z, log_small, log_large, variance, of_variance, exists, WORK)
+    mean = total
     if noise is not None:
         total = tl.fma(deviation, _load(noise, sample * strides[8] + element, exists, WORK), total)
     if key is not None:
         total = tl.fma(deviation, _normals(key, keys, row, sample, first, SEGMENTS, LANES).to(WORK), total)
-    _store(after, total, to, exists)
+    if after is not None:
+        _store(after, total, to, exists)
+    if partials is not None:
+        if target is None:
+            made = _rounded(after, total).to(WORK)
+        else:
+            made = _load(target, sample * strides[9] + element, exists, WORK)
+        density, slopes = _log_density(made - mean, z, log_small, log_large, variance, of_variance, exists, WORK)
+        density = density.to(tl.float64) - 0.91893853320467274178
+        tl.store(partials + first // LANES + sample * blocks, tl.sum(tl.where(exists, density, 0.0), 1)[:, None],
+                 mask=sample < samples)  # fmt: skip
+        if score is not None:
+            _store(score, slopes, to, exists)
     if model_input is not None:
         total *= input_scale.to(WORK)
         for copy in tl.static_range(COPIES):
@@ -300,6 +335,7 @@ def sampler_step_backward(
     unconditional,
     variance,
     noise,
+    score,
     grad_x,
     grad_output,
     grad_unconditional,
@@ -310,6 +346,7 @@ def sampler_step_backward(
     grad_last,
     grad_noise,
     strides,  # of the inputs but grad_model_input
+    grad_log_prob,
     table,
     step,  # None: `row`; likewise the others
     guidance,
@@ -345,13 +382,21 @@ def sampler_step_backward(
     guidance_scale = _of_samples(guidance, guidances, sample, tl.full((), guidance_scale, tl.float64)).to(WORK)
     low, high = tl.full((), low, WORK), tl.full((), high, WORK)
 
-    of_after = _load(grad_after, sample * strides[0] + element, exists, WORK)
+    if grad_after is None:
+        of_after = tl.zeros([SEGMENTS, LANES], WORK)
+    else:
+        of_after = _load(grad_after, sample * strides[0] + element, exists, WORK)
     if grad_model_input is not None:
         total = tl.zeros_like(of_after)
         for copy in tl.static_range(COPIES):
             at = _model_input_at(sample, copy, COPIES, group, sample_size) + element
             total += _load(grad_model_input, at, exists, WORK)
         of_after = tl.fma(input_scale.to(WORK), total, of_after)
+    of_sample = of_after
+    if score is not None:
+        slopes = _load(score, sample * strides[9] + element, exists, WORK)
+        of_log_prob = tl.load(grad_log_prob + sample, mask=sample < samples, other=0).to(WORK)
+        of_after = tl.fma(of_log_prob, slopes, of_after)
     of_kept = tl.zeros_like(of_after)
     if grad_kept is not None:
         of_kept = _load(grad_kept, sample * strides[2] + element, exists, WORK)
@@ -390,10 +435,15 @@ def sampler_step_backward(
         _store(grad_last, of_last * last_x.to(WORK), to, exists)
     deviation, slope = _deviation(z, log_small, log_large, variance, sample * strides[7] + element, exists, WORK)
     if grad_noise is not None:
-        _store(grad_noise, of_after * deviation, to, exists)
+        _store(grad_noise, of_sample * deviation, to, exists)
     if grad_variance is not None:
-        if key is None:
-            drawn = _load(noise, sample * strides[8] + element, exists, WORK)
-        else:
+        of_variance = tl.zeros_like(of_sample)
+        if noise is not None:
+            of_variance = of_sample * _load(noise, sample * strides[8] + element, exists, WORK) * deviation
+        if key is not None:
             drawn = _normals(key, keys, row, sample, first, SEGMENTS, LANES).to(WORK)
-        _store(grad_variance, of_after * drawn * deviation * slope, to, exists)
+            of_variance = of_sample * drawn * deviation
+        if score is not None:
+            standard = slopes * deviation
+            of_variance = tl.fma(of_log_prob, standard * standard - 1.0, of_variance)
+        _store(grad_variance, of_variance * slope, to, exists)

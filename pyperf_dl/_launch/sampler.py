@@ -176,16 +176,23 @@ class _Call:
         return [t for t, _ in pairs]
 
     def launch(
-        self, kernel: Any, tensors: Sequence[MaybeTensor], numbers: Sequence[_Numbers], **constants: Any
+        self,
+        kernel: Any,
+        tensors: Sequence[Any],
+        numbers: Sequence[_Numbers],
+        behind: Sequence[MaybeTensor] = (),
+        apart: bool = False,
+        **constants: Any,
     ) -> None:
+        """behind: tensors that are no elements of samples. apart: samples are not merged."""
         samples, size, group = self.layout.samples, self.layout.size, self.layout.group
         # Samples that are treated alike and lie one behind the other are one.
-        alike = all(n.count == 1 for n in numbers) and self.key.tensor is None
+        alike = not apart and all(n.count == 1 for n in numbers) and self.key.tensor is None
         if alike and (group == samples or self.copies <= 1) and all(stride == size for stride in self.strides):
             samples, size, group = 1, samples * size, 1
         _run(
             kernel, self.x, (samples, size), self.key.tensor is not None,
-            *tensors, tuple(self.strides), self.table, *(n.tensor for n in numbers),
+            *tensors, tuple(self.strides), *behind, self.table, *(n.tensor for n in numbers),
             self.table.shape[0], *(n.count for n in numbers), *self.scalars, group,
             COPIES=self.copies,
             WORK=tl.float64 if self.x.dtype in (torch.float32, torch.float64) else tl.float32,
@@ -193,10 +200,15 @@ class _Call:
         )  # fmt: skip
 
 
+def _lanes(size: int, draws: bool) -> int:
+    """Elements of a segment."""
+    return max(min(ELEMENTS, triton.next_power_of_2(size)), NOISE_GROUP if draws else 1)
+
+
 def _run(kernel: Any, on: torch.Tensor, elements: tuple[int, int], draws: bool, *args: Any, **constants: Any) -> None:
     """elements: samples, and those of a sample."""
     samples, size = elements
-    lanes = max(min(ELEMENTS, triton.next_power_of_2(size)), NOISE_GROUP if draws else 1)
+    lanes = _lanes(size, draws)
     blocks = triton.cdiv(size, lanes)
     segments = max(1, min(ELEMENTS // lanes, triton.next_power_of_2(samples * blocks)))
     _launch(
@@ -220,31 +232,70 @@ def sampler_step(
     table, step, guidance, key, state, adjust,
     row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims,
 ):  # fmt: skip
-    name = "sampler_step"
+    return _stepped(
+        "sampler_step", (x, output, unconditional, variance, h1, h2, h3, last, noise, None),
+        table, step, guidance, key, state, adjust,
+        row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims,
+    )[:5]  # fmt: skip
+
+
+def sampler_transition(
+    x, output, unconditional, variance, h1, h2, h3, last, noise, target,
+    table, step, guidance, key, state, adjust,
+    row, guidance_scale, low, high, offset, denoised, keeps, copies, score, sample_dims,
+):  # fmt: skip
+    name = "sampler_transition"
+    sources = sum(t is not None for t in (noise, key, target))
+    _require(sources == 1, name, "needs one of noise, key and target", sources)
+    _require(target is None or copies == 0, name, "an input of the model is made of a new sample, not a target", copies)
+    return _stepped(
+        name, (x, output, unconditional, variance, h1, h2, h3, last, noise, target),
+        table, step, guidance, key, state, adjust,
+        row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims, True, score,
+    )  # fmt: skip
+
+
+def _log_prob_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _stepped(
+    name, given, table, step, guidance, key, state, adjust,
+    row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims, log_prob=False, score=False,
+):  # fmt: skip
+    x, output, *_, last, noise, target = given
     common.check_device(x, kernels.sampler_step)
     _check_noise(name, state, noise=noise, key=key)
     of = _Call(
         name, x, output.dtype, table, step, guidance, key, adjust, row, guidance_scale, low, high, copies, sample_dims
     )
-    names = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise")
-    given = (x, output, unconditional, variance, h1, h2, h3, last, noise)
+    names = ("x", "output", "unconditional", "variance", "h1", "h2", "h3", "last", "noise", "target")
     for k, (what, t) in enumerate(zip(names, given, strict=True)):
         _check_operand(name, what, t, x, output.dtype if _is_of_model(k) else x.dtype)
     clipping = clips(low, high) or adjust is not None
-    wanted = (True, denoised, keeps, last is not None)
+    wanted = (target is None, denoised, keeps, last is not None)
     outputs = [of.layout.output(x, x.dtype) if w else None for w in wanted]
     outputs.append(of.layout.model_inputs(x, copies, output.dtype) if copies else None)
+    wide = _log_prob_dtype(x)
+    segments = triton.cdiv(of.layout.size, _lanes(of.layout.size, key is not None))
+    partials = x.new_zeros(of.layout.samples, segments, dtype=torch.float64) if log_prob else None
+    scores = of.layout.output(x, wide) if score else None
     if x.numel():
         of.launch(
             kernels.sampler_step,
-            [*of.arranged(given), *outputs],
+            [*of.arranged(given), *outputs, partials, scores],
             (of.step, of.guidance, of.key, of.adjust),
+            apart=log_prob,
             CLIPS=clipping,
             FOLDS=not clipping and last is None,
         )
-    return tuple(
+    made = [
         x.new_empty(0, dtype=output.dtype if k == 4 else x.dtype) if t is None else t for k, t in enumerate(outputs)
-    )
+    ]
+    if log_prob:
+        made.append(partials.sum(1).to(wide).reshape(x.shape[:sample_dims]))
+        made.append(x.new_empty(0, dtype=wide) if scores is None else scores)
+    return tuple(made)
 
 
 def _is_of_model(place: int) -> bool:
@@ -254,8 +305,8 @@ def _is_of_model(place: int) -> bool:
 
 def sampler_step_backward(
     grad_next, grad_denoised, grad_kept, grad_corrected, grad_model_input, x, output, unconditional, variance, noise,
-    table, step, guidance, key, state,
-    row, guidance_scale, low, high, offset, guided, denoised, keeps, corrects, copies, wanted, sample_dims,
+    grad_log_prob, score, table, step, guidance, key, state,
+    row, guidance_scale, low, high, offset, guided, next, denoised, keeps, corrects, copies, wanted, sample_dims,
 ):  # fmt: skip
     name, dtype, model_dtype = "sampler_step_backward", grad_next.dtype, grad_model_input.dtype
     common.check_device(grad_next, kernels.sampler_step_backward)
@@ -269,10 +320,10 @@ def sampler_step_backward(
     known = x is not None and output is not None and (unconditional is not None) == guided
     _require(known or not clipping, name, "a clip needs x, output and unconditional", "None")
     learned = wants[VARIANCE] or (variance is not None and wants[NOISE])
-    known = variance is not None and (noise is not None or key is not None)
+    known = variance is not None and any(t is not None for t in (noise, key, score))
     _require(known or not learned, name, "a learned variance needs variance and noise", "None")
     kinds = {
-        "grad_next": (grad_next, dtype),
+        "grad_next": (grad_next if next else None, dtype),
         "grad_denoised": (grad_denoised if denoised else None, dtype),
         "grad_kept": (grad_kept if keeps else None, dtype),
         "grad_corrected": (grad_corrected if corrects else None, dtype),
@@ -281,9 +332,15 @@ def sampler_step_backward(
         "unconditional": (unconditional, model_dtype),
         "variance": (variance, model_dtype),
         "noise": (noise, dtype),
+        "score": (score, _log_prob_dtype(grad_next)),
     }
     for what, (t, kind) in kinds.items():
         _check_operand(name, what, t, grad_next, kind)
+    if grad_log_prob is not None:
+        rule = f"grad_log_prob must have one number for each of {of.layout.samples} samples"
+        _require(grad_log_prob.numel() == of.layout.samples, name, rule, list(grad_log_prob.shape))
+        grad_log_prob = grad_log_prob.contiguous()
+    _require((grad_log_prob is None) == (score is None), name, "score and grad_log_prob go together", "one of them")
     made = [
         of.layout.output(grad_next, model_dtype if _is_of_model(k) else dtype) if wants[k] else None
         for k in range(INPUTS)
@@ -304,6 +361,8 @@ def sampler_step_backward(
             kernels.sampler_step_backward,
             [*read[:4], of_model_input, *read[4:], *made],
             (of.step, of.guidance, of.key),
+            [grad_log_prob],
+            apart=score is not None,
             GUIDED=guided,
             CORRECTS=corrects,
             CLIPS=clipping,

@@ -20,6 +20,42 @@ def sampler_step(
     row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims,
 ) -> Tensors:  # fmt: skip
     """(x', denoised, kept, corrected x, input of the model [..., copies, samples, ...]); empty: not asked for."""
+    return _step_and_mean(
+        x, output, unconditional, variance, h1, h2, h3, last, noise,
+        table, step, guidance, key, state, adjust,
+        row, guidance_scale, low, high, denoised, keeps, copies, sample_dims,
+    )[0]  # fmt: skip
+
+
+def sampler_transition(
+    x, output, unconditional, variance, h1, h2, h3, last, noise, target,
+    table, step, guidance, key, state, adjust,
+    row, guidance_scale, low, high, offset, denoised, keeps, copies, score, sample_dims,
+) -> Tensors:  # fmt: skip
+    """The same, then log N(x'; mean, deviation^2) of each sample, and its gradient with respect to the mean. x' counts
+    as given there; with `target`, which takes its place, there is none."""
+    (after, *others), mean = _step_and_mean(
+        x, output, unconditional, variance, h1, h2, h3, last, noise,
+        table, step, guidance, key, state, adjust,
+        row, guidance_scale, low, high, denoised, keeps, copies, sample_dims,
+    )  # fmt: skip
+    spread = deviation(x, variance, table, step, row, sample_dims)
+    z = ((after if target is None else target).detach().double() - mean) / spread
+    each = -z * z / 2 - torch.log(spread) - math.log(2 * math.pi) / 2
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        after if target is None else x.new_empty(0),
+        *others,
+        each.reshape(*x.shape[:sample_dims], math.prod(x.shape[sample_dims:])).sum(-1).to(wide),
+        (z / spread).to(wide) if score else x.new_empty(0, dtype=wide),
+    )
+
+
+def _step_and_mean(
+    x, output, unconditional, variance, h1, h2, h3, last, noise,
+    table, step, guidance, key, state, adjust,
+    row, guidance_scale, low, high, denoised, keeps, copies, sample_dims,
+) -> tuple[Tensors, torch.Tensor]:  # fmt: skip
     assert state is None, "numbers of a CUDA generator are drawn before"
     shape = x.shape
     c = _coefficients(table, step, row, shape, sample_dims)
@@ -45,34 +81,41 @@ def sampler_step(
         after = after if h is None else after + c[f"h{k}"] * h
     if key is not None:
         noise = sampler_noise(x64, key, None, row if step is None else step, 0, sample_dims)
+    mean = after
     if noise is not None:
         after = after + _deviation(c, variance64) * noise
     at = max(sample_dims - 1, 0)
     model_input = (c["input"] * after).unsqueeze(at).repeat_interleave(max(copies, 1), at)
     nothing = x.new_empty(0)
-    return (
+    outputs = (
         after.to(x.dtype),
         d.to(x.dtype) if denoised else nothing,
         kept.to(x.dtype) if keeps else nothing,
         x64.to(x.dtype) if last is not None else nothing,
         model_input.to(output.dtype) if copies else output.new_empty(0),
     )
+    return outputs, mean
 
 
 def sampler_step_backward(
     grad_next, grad_denoised, grad_kept, grad_corrected, grad_model_input, x, output, unconditional, variance, noise,
-    table, step, guidance, key, state,
-    row, guidance_scale, low, high, offset, guided, denoised, keeps, corrects, copies, wanted, sample_dims,
+    grad_log_prob, score, table, step, guidance, key, state,
+    row, guidance_scale, low, high, offset, guided, next, denoised, keeps, corrects, copies, wanted, sample_dims,
 ) -> Tensors:  # fmt: skip
     """Gradients of (x, output, unconditional, variance, h1, h2, h3, last, noise); empty: not a bit of `wanted`. Values
-    of x, output and unconditional matter where there is a clip, those of variance and noise where one was learned."""
+    of x, output and unconditional matter where there is a clip, those of variance and noise where one was learned,
+    those of grad_next with `next`. score: of a transition."""
     assert state is None, "numbers of a CUDA generator are drawn before"
     shape = grad_next.shape
     c = _coefficients(table, step, row, shape, sample_dims)
     scale = guidance_scale if guidance is None else _of_samples(guidance, shape, sample_dims)
-    of_next = grad_next.double()
+    of_sample = grad_next.double() if next else torch.zeros_like(grad_next, dtype=torch.float64)
     if copies:
-        of_next = of_next + c["input"] * grad_model_input.double().sum(max(sample_dims - 1, 0))
+        of_sample = of_sample + c["input"] * grad_model_input.double().sum(max(sample_dims - 1, 0))
+    of_next = of_sample
+    if score is not None:
+        of_log_prob = grad_log_prob.double().reshape(*shape[:sample_dims], *[1] * (len(shape) - sample_dims))
+        of_next = of_next + of_log_prob * score.double()
     of_kept = grad_kept.double() if keeps else torch.zeros_like(of_next)
     of_x = c["x"] * of_next + c["keep_x"] * of_kept
     if corrects:
@@ -94,8 +137,11 @@ def sampler_step_backward(
     if variance is not None:
         if key is not None:
             noise = sampler_noise(of_next, key, None, row if step is None else step, 0, sample_dims)
-        slope = (c["log_large"] - c["log_small"]) / 4
-        of_variance = None if noise is None else of_next * noise.double() * deviation * slope
+        slope = log_deviation_slope(grad_next, table, step, row, sample_dims)
+        of_variance = 0.0 if noise is None else of_sample * noise.double() * deviation
+        if score is not None:
+            of_variance = of_variance + of_log_prob * ((score.double() * deviation) ** 2 - 1)
+        of_variance = slope * of_variance
     gradients = (
         c["p"] * of_d + (0.0 if corrects else of_x),
         scale * of_m if guided else of_m,
@@ -105,7 +151,7 @@ def sampler_step_backward(
         c["h2"] * of_next + c["last_h2"] * of_last,
         c["h3"] * of_next,
         c["last_x"] * of_last,
-        deviation * of_next,
+        deviation * of_sample,
     )
     model_dtype = grad_model_input.dtype
     dtypes = [model_dtype if 1 <= k <= 3 else grad_next.dtype for k in range(len(gradients))]
@@ -122,15 +168,16 @@ def _deviation(c: dict[str, torch.Tensor], variance: torch.Tensor | None) -> tor
     return c["z"] * torch.exp(((variance + 1) * c["log_large"] + (1 - variance) * c["log_small"]) / 4)
 
 
-def deviation(x, variance, table, step, row) -> torch.Tensor:
-    """The same in x's dtype, for samples along the first dimension."""
-    c = _coefficients(table, step, row, x.shape, 1)
-    return _deviation(c, None if variance is None else variance.double()).to(x.dtype)
+def deviation(x, variance, table, step, row, sample_dims=1) -> torch.Tensor:
+    """The same in float64, of x's shape or such that it broadcasts."""
+    c = _coefficients(table, step, row, x.shape, sample_dims)
+    return _deviation(c, None if variance is None else variance.double())
 
 
-def input_scale(x, table, step, row) -> torch.Tensor:
-    """What the next sample is multiplied with where the model sees it."""
-    return _coefficients(table, step, row, x.shape, 1)["input"].to(x.dtype)
+def log_deviation_slope(x, table, step, row, sample_dims) -> torch.Tensor:
+    """How the logarithm of the deviation grows with a learned variance."""
+    c = _coefficients(table, step, row, x.shape, sample_dims)
+    return (c["log_large"] - c["log_small"]) / 4
 
 
 def clips(low: float, high: float) -> bool:

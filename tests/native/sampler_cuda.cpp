@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../../kernels/common/sample_units.h"
 #include "../../kernels/cuda/sampler.cuh"
 #include "../../kernels/cuda/sampler_adjustments.cuh"
 #if defined(__x86_64__)
@@ -225,8 +226,51 @@ void check_step(int64_t samples, int64_t size, int kind) {
     ++i;
   }
   check(step(on_cuda, nullptr, few()) == cudaSuccess, "launch", 0, 0);
-  baseline::step(on_cpu, OneThread());
+  baseline::step(on_cpu, nullptr, OneThread());
   for (size_t k = 0; k < got.size(); ++k) got[k].check_same(want[k], "step");
+}
+
+// Sums have the CPU's values but for their order.
+void check_transition(int64_t samples, int64_t size, int kind) {
+  Problem p(samples, size, kind, false);
+  if (p.noise == Noise::generator) return;
+  for (size_t k = kZ; k < p.table.size(); k += kColumns) p.table[k] = 0.5 + 0.1 * std::fabs(p.table[k]);
+  p.give(kSample), p.give(kOutput);
+  if (coin()) p.give(kUnconditional), p.call.guided = true;
+  for (const int k : {kVariance, kHistory1, kLast})
+    if (below(3) == 0) p.give(k);
+  p.call.corrects = p.call.has(kLast);
+  if (p.noise == Noise::operand) p.give(kNoise);
+  Operand target = p.made(kNext, true);
+  StepCall on_cuda = p.call;
+  if (p.noise == Noise::none) on_cuda.target = target.elements(), on_cuda.copies = 0;
+  StepCall on_cpu = on_cuda;
+  Operand got = p.made(kNext, false), want = got, got_input = p.model_input(false), want_input = got_input;
+  Operand got_corrected = p.made(kNext, false), want_corrected = got_corrected;
+  Operand got_score(on_cuda.log_prob_type(), samples, size, p.regular, false), want_score = got_score;
+  if (!on_cuda.target.data) on_cuda.operand[kNext] = got.elements(), on_cpu.operand[kNext] = want.elements();
+  if (on_cuda.copies) {
+    on_cuda.operand[kModelInput] = got_input.elements(), on_cpu.operand[kModelInput] = want_input.elements();
+  }
+  if (on_cuda.corrects) {
+    on_cuda.operand[kCorrected] = got_corrected.elements(), on_cpu.operand[kCorrected] = want_corrected.elements();
+  }
+  if (coin()) on_cuda.score = got_score.elements(), on_cpu.score = want_score.elements();
+  std::vector<double> got_sums(samples, -1.0), want_sums(samples, -2.0);
+  const int64_t fewest = few();
+  std::vector<double> partials(transition_partials(on_cuda, fewest)), of_runs(samples * on_cpu.runs());
+  on_cuda.log_prob = got_sums.data(), on_cpu.log_prob = want_sums.data();
+  check(transition(on_cuda, partials.data(), nullptr, fewest) == cudaSuccess, "launch", 0, 0);
+  baseline::step(on_cpu, of_runs.data(), OneThread());
+  got.check_same(want, "transition"), got_input.check_same(want_input, "input of a transition");
+  got_corrected.check_same(want_corrected, "correction of a transition"), got_score.check_same(want_score, "score");
+  const bool wide = p.call.type == Storage::f64;
+  for (int64_t s = 0; s < samples; ++s) {
+    const double a = wide ? got_sums[s] : reinterpret_cast<float*>(got_sums.data())[s];
+    const double b = wide ? want_sums[s] : reinterpret_cast<float*>(want_sums.data())[s];
+    check(std::fabs(a - b) <= (wide ? 1e-12 : 3e-7) * (double(size) + std::fabs(b)) || (a != a && b != b),
+          "log-probability", a, b);
+  }
 }
 
 void check_gradients(int64_t samples, int64_t size, int kind) {
@@ -239,9 +283,18 @@ void check_gradients(int64_t samples, int64_t size, int kind) {
   if (p.noise != Noise::none && coin()) p.give(kVariance);
   if (p.noise == Noise::operand) p.give(kNoise);
   const bool learned = p.call.has(kVariance);
-  Operand drawn(p.call.type, samples, size, true, false);
+  Operand drawn(p.call.type, samples, size, true, false), score(p.call.log_prob_type(), samples, size, true, true);
+  const bool of_transition = p.noise != Noise::generator && below(3) == 0;
+  if (of_transition) p.call.score = score.elements();
   StepCall on_cpu = for_cpu(p, drawn);
   StepGradients on_cuda{}, as_cpu{};
+  std::vector<double> of_log_prob(samples);
+  for (int64_t s = 0; s < samples; ++s)
+    if (p.call.type == Storage::f64)
+      of_log_prob[s] = normal();
+    else
+      reinterpret_cast<float*>(of_log_prob.data())[s] = float(normal());
+  on_cuda.of_log_prob = as_cpu.of_log_prob = of_log_prob.data();
   std::vector<Operand> given, got, want;
   given.reserve(kOutputs), got.reserve(kInputs), want.reserve(kInputs);
   for (int k = 0; k < kOutputs; ++k) {
@@ -351,6 +404,7 @@ int main(int argc, char** argv) {
       for (int kind = 0; kind < 6; ++kind) {
         const int64_t samples = 1 + below(6), size = sizes[below(20)];
         check_step(samples, size, kind);
+        check_transition(samples, size, kind);
         check_gradients(samples, size, kind);
         check_keyed_noise(samples, size, kind);
         check_drawn_noise(samples, size, kind);
@@ -358,6 +412,7 @@ int main(int argc, char** argv) {
       }
     for (int kind = 0; kind < 6; ++kind) {
       check_step(1, 40000 + below(100), kind);
+      check_transition(2, 20000 + below(100), kind);
       check_gradients(2, 20000 + below(100), kind);
     }
   }
