@@ -63,6 +63,15 @@ struct StepBlock {
   __attribute__((always_inline)) StepBlock times(R w) const {
     return made([&](int k) __attribute__((always_inline)) { return v[k] * w; });
   }
+  __attribute__((always_inline)) StepBlock operator+(const StepBlock& b) const {
+    return made([&](int k) __attribute__((always_inline)) { return v[k] + b.v[k]; });
+  }
+  __attribute__((always_inline)) StepBlock operator-(const StepBlock& b) const {
+    return made([&](int k) __attribute__((always_inline)) { return v[k] - b.v[k]; });
+  }
+  __attribute__((always_inline)) StepBlock operator*(const StepBlock& b) const {
+    return made([&](int k) __attribute__((always_inline)) { return v[k] * b.v[k]; });
+  }
   // this + w b
   __attribute__((always_inline)) StepBlock plus(R w, const StepBlock& b) const {
     return made([&](int k) __attribute__((always_inline)) { return M::fma(M::of(w), b.v[k], v[k]); });
@@ -159,57 +168,65 @@ __attribute__((noinline)) void full_step(const StepWeights<R>& weights, const St
 }
 
 template <class R, class T, class O>
-__attribute__((noinline)) void step_gradients(const StepWeights<R>& w, bool guided, bool clips, bool corrects,
+__attribute__((noinline)) void step_gradients(const StepWeights<R>& weights, bool guided, bool clips, bool corrects,
                                               const GradientRun<R, T, O>& run, int64_t n) {
   using M = VectorMachine<R>;
-  using V = typename M::V;
-  constexpr int L = M::kLanes;
+  using Block = StepBlock<R>;
   const GradientRun<R, T, O> o = run;
-  for (int64_t i = 0; i < n; i += L) {
-    V next = {}, kept = {};
-    if (o.grad_next) next = load_lanes<R, L>(o.grad_next + i);
-    if (o.grad_model_input) next = M::fma(M::of(w.input), M::load(o.grad_model_input + i), next);
-    const auto of_sample = next;
-    if (o.score) next = M::fma(M::of(o.grad_log_prob), load_lanes<R, L>(o.score + i), next);
-    if (o.grad_kept) kept = load_lanes<R, L>(o.grad_kept + i);
-    auto x = M::fma(M::of(w.x), next, kept * w.keep_x);
-    if (o.grad_corrected) x = x + load_lanes<R, L>(o.grad_corrected + i);
-    auto d = M::fma(M::of(w.d), next, kept * w.keep_d);
-    if (o.grad_denoised) d = d + load_lanes<R, L>(o.grad_denoised + i);
-    if (corrects) d = M::fma(M::of(w.last_d), x, d);
+  const StepWeights<R> w = weights;
+  for (int64_t i = 0; i < n; i += Block::kElements) {
+    Block next{}, kept{};
+    if (o.grad_next) next = Block::load(o.grad_next + i);
+    if (o.grad_model_input) next = next.plus(w.input, Block::load(o.grad_model_input + i));
+    const Block of_sample = next;
+    if (o.score) next = next.plus(o.grad_log_prob, Block::load(o.score + i));
+    if (o.grad_kept) kept = Block::load(o.grad_kept + i);
+    Block x = kept.times(w.keep_x).plus(w.x, next);
+    if (o.grad_corrected) x = x + Block::load(o.grad_corrected + i);
+    Block d = kept.times(w.keep_d).plus(w.d, next);
+    if (o.grad_denoised) d = d + Block::load(o.grad_denoised + i);
+    if (corrects) d = d.plus(w.last_d, x);
     if (clips) {
-      auto m = load_lanes<R, L>(o.output + i);
-      if (guided) m = math::guided<M>(w, m, load_lanes<R, L>(o.unconditional + i));
-      const auto of = math::unclipped<M>(w, load_lanes<R, L>(o.x + i), m);
-      d = M::select(M::at_least(of, M::of(w.low)) & M::at_least(M::of(w.high), of), d, V{});
+      Block m = Block::load(o.output + i);
+      if (guided) {
+        const Block u = Block::load(o.unconditional + i);
+        m = Block::made([&](int k) __attribute__((always_inline)) { return math::guided<M>(w, m.v[k], u.v[k]); });
+      }
+      const Block of_x = Block::load(o.x + i);
+      d = Block::made([&](int k) __attribute__((always_inline)) {
+        const auto of = math::unclipped<M>(w, of_x.v[k], m.v[k]);
+        const auto within = M::at_least(of, M::of(w.low)) & M::at_least(M::of(w.high), of);
+        return M::select(within, d.v[k], typename M::V{});
+      });
     }
-    const auto m = M::fma(M::of(w.m), next, M::fma(M::of(w.keep_m), kept, d * w.q));
-    const auto through_d = d * w.p;
-    if (o.grad_x) store_lanes<L, R>(corrects ? through_d : through_d + x, o.grad_x + i);
-    if (guided) {
-      const auto conditional = m * w.guidance;
-      if (o.grad_output) store_lanes<L, R>(conditional, o.grad_output + i);
-      if (o.grad_unconditional) store_lanes<L, R>(m - conditional, o.grad_unconditional + i);
-    } else if (o.grad_output) {
-      store_lanes<L, R>(m, o.grad_output + i);
-    }
-    const auto of_last = corrects ? x : V{};
-    if (o.grad_h1) store_lanes<L, R>(M::fma(M::of(w.h1), next, of_last * w.last_h1), o.grad_h1 + i);
-    if (o.grad_h2) store_lanes<L, R>(M::fma(M::of(w.h2), next, of_last * w.last_h2), o.grad_h2 + i);
-    if (o.grad_h3) store_lanes<L, R>(next * w.h3, o.grad_h3 + i);
-    if (o.grad_last) store_lanes<L, R>(x * w.last_x, o.grad_last + i);
+    const Block m = d.times(w.q).plus(w.keep_m, kept).plus(w.m, next);
+    if (o.grad_x) (corrects ? d.times(w.p) : d.times(w.p) + x).store(o.grad_x + i);
+    const Block conditional = guided ? m.times(w.guidance) : m;
+    if (o.grad_output) conditional.store(o.grad_output + i);
+    if (o.grad_unconditional) (m - conditional).store(o.grad_unconditional + i);
+    const Block of_last = corrects ? x : Block{};
+    if (o.grad_h1) of_last.times(w.last_h1).plus(w.h1, next).store(o.grad_h1 + i);
+    if (o.grad_h2) of_last.times(w.last_h2).plus(w.h2, next).store(o.grad_h2 + i);
+    if (o.grad_h3) next.times(w.h3).store(o.grad_h3 + i);
+    if (o.grad_last) x.times(w.last_x).store(o.grad_last + i);
     if (!o.grad_noise && !o.grad_variance) continue;
-    const auto deviation = o.variance ? math::deviation<M>(w, load_lanes<R, L>(o.variance + i)) : M::of(w.z);
-    if (o.grad_noise) store_lanes<L, R>(of_sample * deviation, o.grad_noise + i);
-    if (!o.grad_variance) continue;
-    V of_variance = {};
-    if (o.noise) of_variance = of_sample * load_lanes<R, L>(o.noise + i) * deviation;
-    if (o.normals) of_variance = of_sample * load_lanes<R, L>(o.normals + i) * deviation;
-    if (o.score) {
-      const auto of_density = math::log_density_by_deviation<M>(load_lanes<R, L>(o.score + i), deviation);
-      of_variance = M::fma(M::of(o.grad_log_prob), of_density, of_variance);
+    Block deviation = Block::made([&](int) __attribute__((always_inline)) { return M::of(w.z); });
+    if (o.variance) {
+      const Block v = Block::load(o.variance + i);
+      deviation = Block::made([&](int k) __attribute__((always_inline)) { return math::deviation<M>(w, v.v[k]); });
     }
-    store_lanes<L, R>(of_variance * w.log_deviation_slope, o.grad_variance + i);
+    if (o.grad_noise) (of_sample * deviation).store(o.grad_noise + i);
+    if (!o.grad_variance) continue;
+    Block of_variance{};
+    if (o.noise) of_variance = of_sample * Block::load(o.noise + i) * deviation;
+    if (o.normals) of_variance = of_sample * Block::load(o.normals + i) * deviation;
+    if (o.score) {
+      const Block score = Block::load(o.score + i);
+      of_variance = of_variance.plus(o.grad_log_prob, Block::made([&](int k) __attribute__((always_inline)) {
+                                       return math::log_density_by_deviation<M>(score.v[k], deviation.v[k]);
+                                     }));
+    }
+    of_variance.times(w.log_deviation_slope).store(o.grad_variance + i);
   }
 }
 
@@ -291,7 +308,6 @@ template <class R, class T, class O>
 void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const sampler::StepGradients& grads,
                   int64_t sample, int64_t first, int64_t n, const float* normals, R* sum) {
   using namespace sampler;
-  constexpr int L = VectorMachine<R>::kLanes;
   using Run = GradientRun<R, T, O>;
   const auto of = [&](int k) { return at_element<T>(call.operand[k], sample, first); };
   const auto of_model = [&](int k) { return at_element<O>(call.operand[k], sample, first); };
@@ -318,7 +334,7 @@ void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const 
   o.score = at_element<LogProb<T>>(call.score, sample, first);
   if (o.score) o.grad_log_prob = R(static_cast<const LogProb<T>*>(grads.of_log_prob)[sample]);
   const bool clips = call.clips();
-  in_vectors<L>(
+  in_vectors<StepBlock<R>::kElements>(
       o, n, [&](const Run& run, int64_t count) { step_gradients(w, call.guided, clips, call.corrects, run, count); },
       [](Run& r, const auto& move) {
         move(r.grad_next), move(r.grad_denoised), move(r.grad_kept), move(r.grad_corrected), move(r.x), move(r.noise);
