@@ -371,6 +371,49 @@ def test_log_prob_with_noise_of_keys_in_forward_mode():
     torch.testing.assert_close(got, (of_x + of_d * p) * tangent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_prob_with_rows_and_keys_of_samples(dtype):
+    table = TABLES["ddpm"]
+    x, output = (normal(k, dtype=dtype) for k in range(2))
+    rows, keys = torch.tensor([4, 2, 3]), torch.tensor([5, 6, 7])
+    together = sampler_step(x, output, table, rows, key=keys, log_prob=True)
+    assert torch.equal(together.sample, sampler_step(x, output, table, rows, key=keys).sample)
+    for k in range(3):
+        one = slice(k, k + 1)
+        alone = sampler_step(x[one], output[one], table, int(rows[k]), key=keys[one], log_prob=True)
+        assert torch.equal(alone.sample, together.sample[one])
+        torch.testing.assert_close(alone.log_prob, together.log_prob[one], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_policy_gradient_is_that_of_autograd(dtype):
+    """Of the ratio of probabilities, with a learned variance and a clip; and by a compiler."""
+    table, clip = TABLES["learned variance"], 1.5
+    x, target = normal(0, dtype=dtype), normal(2, dtype=dtype)
+    output = model_of(table, dtype=dtype)[0]
+    before = sampler_step(x, output, table, 4, log_prob=True, target=target, clip=clip).log_prob
+
+    def loss(x, output):
+        now = sampler_step(x, output, table, 4, log_prob=True, target=target, clip=clip).log_prob
+        return ((now - before) / x[0].numel()).exp().sum()
+
+    wide = [t.double().requires_grad_() for t in (x, output)]
+    with pyperf_dl.backend("reference"):
+        now = sampler_step(*wide, table, 4, log_prob=True, target=target.double(), clip=clip).log_prob
+    want = torch.autograd.grad(((now - before.double()) / x[0].numel()).exp().sum(), wide)
+    inputs = [t.clone().requires_grad_() for t in (x, output)]
+    got = torch.autograd.grad(loss(*inputs), inputs)
+    eps = torch.finfo(dtype).eps
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=8 * eps, atol=8 * eps * float(w.abs().max()))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), got, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(torch.func.grad(loss, (0, 1))(x, output), got, strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps * float(b.abs().max()))
+
+
 def test_log_prob_of_a_target_has_gradients():
     table = TABLES["ddpm"]
     x, output, target = (normal(k, dtype=torch.float64).requires_grad_(k < 2) for k in range(3))
