@@ -167,6 +167,12 @@ class Executor:
         return k
 
     def _run(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        item = self._items.get(k)
+        if isinstance(item, Kept) and k >= self._through and (k or not self._shared):
+            # It runs once, with whatever the model calls it with.
+            self._result = self._output = self._kept(item, args, kwargs)
+            self._through = k + 1
+            return self._output
         call = self.calls[k]
         leaves, structure = flatten(args, kwargs)
         if k == 0:

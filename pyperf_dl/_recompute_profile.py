@@ -168,7 +168,7 @@ def measure(
                             changed=trace.buffers,
                         )
                         state.set()
-                    frame, buffers = _frame_seconds(job.device), trace.buffers
+                    frame, buffers = _frame_seconds(job.device, generators), trace.buffers
         finally:
             state.set()
     usages = recorder.usages
@@ -441,14 +441,14 @@ class _CalledBlock:
         with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
             values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, self._call())
         if replay is not None:
-            self.trained(phase)
+            self.trained(phase, seeded_before=True)
             run = self._run
 
             def segment(*args: Any, **kwargs: Any) -> Any:
                 return replay(lambda: run(*args, **kwargs))
 
             self._run = functools.partial(checkpoint, segment, use_reentrant=False, preserve_rng_state=False)
-            self.trained(phase, option=":again")
+            self.trained(phase, option=":again", seeded_before=True)
         return values
 
     def trained(
@@ -457,8 +457,10 @@ class _CalledBlock:
         context: Callable[[], Any] = contextlib.nullcontext,
         option: str = "",
         check: Any = None,
+        seeded_before: bool = False,
     ) -> Any:
-        """A forward with history, and its backward; what the context gave."""
+        """A forward with history, and its backward; what the context gave. seeded_before: the gradient of the output is
+        there when the backward begins, whose time it is not."""
         torch.clear_autocast_cache()  # what a run before has cast is this one's to cast
         try:
             with phase(f"{self._label}{option}:history"), context() as given:
@@ -480,7 +482,7 @@ class _CalledBlock:
                     "it out of blocks"
                 )
             del pairs
-        seeded = [_Seed.apply(t) for t in tensors_of(output) if t.requires_grad]
+        seeded = [_Seed.apply(t, seeded_before) for t in tensors_of(output) if t.requires_grad]
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in seeded]
         zeros = [_zeros(_like(t)) for t in seeded]
         with phase(f"{self._label}{option}:release"):
@@ -494,17 +496,18 @@ class _CalledBlock:
 
 
 class _Seed(torch.autograd.Function):
-    """A view, whose gradient is made when the backward gets there, and is the engine's alone as in a whole backward."""
+    """A view, whose gradient is made when the backward gets there, or before, and is the engine's alone as in a whole
+    backward."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, before: bool) -> torch.Tensor:
         ctx.like = _like(tensor)
+        ctx.made = [_normal(ctx.like)] if before else []
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        shape, stride, dtype, device = ctx.like
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.made.pop() if ctx.made else _normal(ctx.like), None
 
 
 class _Made(torch.autograd.Function):
@@ -528,6 +531,11 @@ def _like(t: torch.Tensor) -> tuple[Any, ...]:
     """As the gradient will be."""
     stride = torch.empty(t.shape, device="meta").stride() if overlaps(t) else t.stride()
     return tuple(t.shape), stride, t.dtype, t.device
+
+
+def _normal(like: tuple[Any, ...]) -> torch.Tensor:
+    shape, stride, dtype, device = like
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
 
 
 def _zeros(like: tuple[Any, ...]) -> torch.Tensor:
@@ -662,9 +670,14 @@ def _seconds(times: dict[str, list[float]], alike: Sequence[Sequence[int]], fram
     return found
 
 
-def _frame_seconds(device: torch.device) -> float:
-    """What a checkpoint costs beside what runs in it."""
+def _frame_seconds(device: torch.device, generators: Sequence[torch.Generator]) -> float:
+    """What a segment costs beside what runs in it."""
     x = torch.zeros(1, device=device, requires_grad=True)
+
+    def segment() -> torch.Tensor:
+        replay = Replay((), generators)
+        made = checkpoint(lambda t: replay(lambda: t * t), x, use_reentrant=False, preserve_rng_state=False)
+        return made.sum()
 
     def run(function: Callable[[], torch.Tensor]) -> float:
         times = []
@@ -677,7 +690,7 @@ def _frame_seconds(device: torch.device) -> float:
         return statistics.median(times)
 
     plain = run(lambda: (x * x).sum())
-    return max(0.0, run(lambda: checkpoint(lambda t: t * t, x, use_reentrant=False).sum()) - plain)
+    return max(0.0, run(segment) - plain)
 
 
 class _Timer:
