@@ -61,9 +61,15 @@ def find_chain(model: nn.Module, run: Callable[[], Any], blocks: Blocks) -> Chai
         result = run()
     chains = recorder.runs()
     del result
+    best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), (), ()))
+    if len(best.modules) > 1 and (calls := recorder.calls_of(best.modules[0])) > best.modules.count(best.modules[0]):
+        raise ValueError(
+            f"{OP}: blocks {best.names[0]} to {best.names[-1]} are called {calls} times in one forward, by chains that "
+            "do not follow each other; call them once, with the inputs of all calls in one batch, or let one module "
+            "that makes all calls be a block"
+        )
     if blocks is not None and recorder.problem:
         raise ValueError(f"{OP}: {recorder.problem}")
-    best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), (), ()))
     missing = [] if blocks is None else [names[m] for m in modules if m not in best.modules]
     if missing:
         raise ValueError(f"{OP}: block {missing[0]} is not called in the forward of {type(model).__name__}")
@@ -191,6 +197,9 @@ class _Recorder(TorchDispatchMode):
         arrangement = Call(arranged, structure_of_output)
         self._seen.append(_Seen(module, structure, numbered, outputs, arrangement, changes, shapes))
         return output
+
+    def calls_of(self, module: nn.Module) -> int:
+        return sum(seen.module is module for seen in self._seen)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tensors_of([args, kwargs or {}]):

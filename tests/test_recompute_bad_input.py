@@ -60,6 +60,11 @@ class Glue(Model):
         return x
 
 
+class Siamese(Model):
+    def forward(self, x):
+        return super().forward(x) - super().forward(x.flip(0))
+
+
 class Reads(Model):
     """Something between the blocks only looks at their outputs."""
 
@@ -168,6 +173,8 @@ CASES = {
     "output read twice": (Skips, {"blocks": "layers"}, ValueError, r"block layers\.0 is used twice.*one block"),
     "outputs held": (Kept, {"blocks": "layers"}, ValueError, r"layers\.0 is used twice.*held after the forward"),
     "held, by itself": (Kept, {}, ValueError, r"no two blocks of Kept follow each other.*used twice.*pass blocks"),
+    "two chains of the same blocks": (Siamese, {}, ValueError, r"layers\.0 to layers\.3 are called 2 times in one"),
+    "two named chains": (Siamese, {"blocks": "layers"}, ValueError, r"layers\.0 to layers\.3 are called 2 times in"),
     "operators between": (Glue, {"blocks": "layers"}, ValueError, r"layers\.0 and layers\.1 are not a chain: no"),
     "read between": (Reads, {"blocks": "layers"}, ValueError, r"layers\.0 is used twice.*outside of the blocks reads"),
     "changed between": (InPlaceBetween, {"blocks": "layers"}, ValueError, r"layers\.0 is used twice.*mul_"),
