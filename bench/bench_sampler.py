@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ import harness
 import pytest
 import torch
 from harness import Case, Peer, optional, pyperf_dl
+from k_diffusion_sampling import imported_sampling
+
+from pyperf_dl.integrations import k_diffusion
 
 FAMILY = "sampler"
 STEPS, ROW, SCALE, SEED = 20, 10, 7.5, 3
@@ -281,6 +285,61 @@ def case(spec: Spec, full: bool) -> Case:
     )
 
 
+# ---- whole loops, which k-diffusion has ----
+
+LOOPS = {"Euler": "sample_euler", "DPM-Solver++ 2M": "sample_dpmpp_2m", "Heun": "sample_heun", "LMS": "sample_lms"}
+
+
+class Loop(NamedTuple):
+    """Of a model that costs nothing: it gives one of its tensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def make(self, generator: torch.Generator) -> Any:
+        how = {"generator": generator, "device": generator.device, "dtype": self.dtype}
+        x, *outputs = (torch.randn(self.shape, **how) for _ in range(3))
+        return 14.6 * x, outputs
+
+    def run(self, module: Any, inputs: Any) -> Any:
+        x, outputs = inputs
+        calls = itertools.cycle(outputs)
+        sigmas = torch.cat([torch.linspace(14.6 ** (1 / 7), 0.03 ** (1 / 7), STEPS) ** 7, torch.zeros(1)]).to(x.device)
+        with torch.no_grad():
+            return getattr(module, LOOPS[self.name])(lambda x, sigma: next(calls), x, sigmas, disable=True)
+
+    def error(self, inputs: Any, outputs: Any, whole: bool) -> float:
+        x, made = inputs
+        with pyperf_dl.backend("reference"):
+            want = self.run(k_diffusion, (x.double(), [t.double() for t in made]))
+        return harness.max_difference(outputs.double(), want)
+
+    def agrees(self, inputs: Any, made: Any, theirs: Any) -> bool:
+        bound = {torch.float32: 1e-3, torch.float16: 0.1}[self.dtype]
+        return theirs.shape == made.shape and harness.max_difference(made.float(), theirs.float()) <= bound
+
+    def case(self) -> Case:
+        sampling = imported_sampling()
+        peer = {} if sampling is None else {"k-diffusion": Peer(lambda i: self.run(sampling, i), agrees=self.agrees)}
+        return Case(
+            FAMILY,
+            "integrations.k_diffusion",
+            f"{self.name}, loop of {STEPS}, {'x'.join(map(str, self.shape))}",
+            self.dtype,
+            self.device,
+            make=self.make,
+            ours=functools.partial(self.run, k_diffusion),
+            error=self.error,
+            peers=peer,
+            tolerance={torch.float32: 1e-4, torch.float16: 0.05}[self.dtype],
+            params={"sampler": self.name, "shape": list(self.shape)},
+            cold=self.shape != SMALL,
+            floor=None,
+        )
+
+
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device."""
     large = LARGE if device == "cuda" else LATENTS
@@ -292,7 +351,10 @@ def cases(device: str, full: bool) -> list[Case]:
     every.append(Spec("DDPM", large, torch.float32, device, noise="key"))
     every.append(Spec("DDIM", large, torch.float32, device, gradient=True))
     log_probs = [Spec("Euler ancestral", large, dtype, device) for dtype in (torch.float32, torch.bfloat16)]
-    return [case(spec, full) for spec in every] + [log_prob_case(spec) for spec in log_probs]
+    loops = [Loop(name, large, torch.float32, device) for name in (LOOPS if full else ("Euler", "DPM-Solver++ 2M"))]
+    loops.append(Loop("DPM-Solver++ 2M", SMALL, torch.float32, device))
+    found = [case(spec, full) for spec in every] + [log_prob_case(spec) for spec in log_probs]
+    return found + [loop.case() for loop in loops]
 
 
 # ---- pytest ----
