@@ -18,7 +18,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import Case, Peer, WrongResultError
+from harness import Case, Peer, WrongResultError, optional
 from recompute_models import GPT, ResNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -50,9 +50,36 @@ def resnet(batch: int, size: int, width: int) -> Callable[[], tuple[nn.Module, t
     return make
 
 
+class OfTransformers(nn.Module):
+    """A language model of transformers, as these steps call it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, labels=targets).loss
+
+
+def gpt2(batch: int, length: int, width: int, depth: int) -> Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    def make() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        transformers = optional("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=256, n_positions=length, n_embd=width, n_layer=depth, n_head=4, use_cache=False, bos_token_id=0,
+            eos_token_id=0,
+        )  # fmt: skip
+        tokens = torch.randint(256, (batch, length))
+        return OfTransformers(transformers.GPT2LMHeadModel(config)), (tokens, tokens)
+
+    return make
+
+
 SMALL = {"GPT": gpt(2, 128, 96, 16), "ResNet": resnet(4, 64, 16)}
 LARGE = {"GPT": gpt(2, 128, 192, 48), "ResNet": resnet(8, 64, 32)}
 ON_CUDA = {"GPT": gpt(16, 512, 512, 24), "ResNet": resnet(64, 128, 64)}
+GPT2, COMPILED = "transformers' GPT-2", "GPT, compiled blocks"
+for sizes, how in ((SMALL, (2, 128, 96, 16)), (LARGE, (2, 128, 192, 48)), (ON_CUDA, (16, 512, 512, 24))):
+    sizes |= {GPT2: gpt2(*how), COMPILED: gpt(*how)}
 
 
 @dataclass
@@ -62,6 +89,7 @@ class Trainer:
     model: Any
     inputs: tuple[torch.Tensor, ...]
     run: Callable[[nn.Sequential, torch.Tensor], torch.Tensor] | None = None
+    compiles: bool = False  # each block
 
     def step(self) -> torch.Tensor:
         """Forward and backward, which adds to the gradients."""
@@ -74,11 +102,15 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def copy(self, run: Any = None) -> Trainer:
+    def copy(self, run: Any = None, compiles: bool | None = None) -> Trainer:
         made = copy.deepcopy(self.model)
         for p in made.parameters():
             p.grad = torch.zeros_like(p)
-        return Trainer(made, self.inputs, run)
+        compiles = self.compiles if compiles is None else compiles
+        if compiles:  # a copy has no compiled blocks
+            for block in made.blocks:
+                block.compile()
+        return Trainer(made, self.inputs, run, compiles)
 
     def gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.model.parameters()]
@@ -105,7 +137,7 @@ def plain(name: str, size: str, device: str) -> Trainer:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model, inputs = makers[name]()
-    trainer = Trainer(model.train().to(device), tuple(t.to(device) for t in inputs)).copy()
+    trainer = Trainer(model.train().to(device), tuple(t.to(device) for t in inputs)).copy(compiles=name == COMPILED)
     trainer.step()
     return trainer
 
@@ -113,13 +145,13 @@ def plain(name: str, size: str, device: str) -> Trainer:
 @functools.cache
 def profile_of(name: str, size: str, device: str) -> recompute.ChainProfile:
     trainer = plain(name, size, device)
-    return recompute.profile(trainer.model, trainer.inputs, blocks="blocks")
+    return recompute.profile(trainer.model, trainer.inputs)
 
 
 @functools.cache
 def least_plan(name: str, size: str, device: str) -> recompute.Plan:
     trainer = plain(name, size, device)
-    return recompute.plan(trainer.model, trainer.inputs, budget="least", blocks="blocks")
+    return recompute.plan(trainer.model, trainer.inputs, budget="least")
 
 
 def difference(one: Trainer, other: Trainer, state: bool) -> float:
@@ -164,10 +196,16 @@ def knapsack(profile: recompute.ChainProfile, part: float, slots: int = 1000) ->
 
 
 PEERS = ("each block", "\u221an parts", "knapsack")
+OWN = "its own checkpoints"  # of a model of transformers: each block
 
 
 @functools.cache
 def by_hand(peer: str, name: str, size: str, device: str) -> Trainer:
+    if peer == OWN:
+        trainer = plain(name, size, device).copy()
+        trainer.model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.step()
+        return trainer
     if peer == "knapsack":
         run: Any = functools.partial(kept_of, knapsack(profile_of(name, size, device), KNAPSACK_PART))
     else:
@@ -227,7 +265,7 @@ def planned(spec: Spec, _: torch.Generator) -> Planned:
     budget, without = budget_of(spec), plain(*spec.model)
     trainer = without.copy()
     begin = time.perf_counter()
-    plan = recompute.plan(trainer.model, trainer.inputs, budget=budget, blocks="blocks")
+    plan = recompute.plan(trainer.model, trainer.inputs, budget=budget)
     seconds = time.perf_counter() - begin
     plan.apply()
     return Planned(plan, trainer, without, recompute.full_peak(plan.profile), trainer.peak(), seconds)
@@ -245,6 +283,13 @@ def agrees(theirs: Callable[[], Trainer], at: Planned, ours: Any, result: Any) -
     return difference(at.plain, theirs(), state=False) <= 1e-4
 
 
+def peak_of_eager_blocks(at: Planned) -> int:
+    """Under the same budget."""
+    trainer = at.plain.copy(compiles=False)
+    recompute.plan(trainer.model, trainer.inputs, budget=at.plan.budget).apply()
+    return trainer.peak()
+
+
 def figures_of_plan(at: Planned, _: Any, entry: dict[str, Any]) -> dict[str, float]:
     profile, plan = at.plan.profile, at.plan
     predicted = plan.predicted_time / recompute.solve(profile, at.full).predicted_time
@@ -257,6 +302,8 @@ def figures_of_plan(at: Planned, _: Any, entry: dict[str, Any]) -> dict[str, flo
         "time off %": 100 * (predicted / entry["x_floor"] - 1),
         "steps to plan": at.seconds * 1e3 / entry["floor_ms"],
     }
+    if at.plain.compiles:
+        found["peak / eager %"] = 100 * at.peak / peak_of_eager_blocks(at)
     for peer in entry["peers"].values():
         if "speedup" in peer:
             found["points saved"] = 100 * entry["x_floor"] * (peer["speedup"] - 1)
@@ -387,11 +434,12 @@ def solver_case(chain: Chain, rounds: int) -> Case:
 def cases(device: str, full: bool) -> list[Case]:
     """Everything that this family measures on a device; the solver runs on the host."""
     size = "cuda" if device == "cuda" else "large" if full else "small"
-    found = [
-        plan_case(Spec(name, size, device, budget), 21 if full else 7)
-        for name in SMALL
-        for budget in (0.0, *PARTS, *PEERS)
-    ]
+    grid = [(name, budget) for name in ("GPT", "ResNet") for budget in (0.0, *PARTS, *PEERS)]
+    if optional("transformers") is not None:
+        grid += [(GPT2, budget) for budget in (0.0, 0.4, OWN)]
+    if full:
+        grid.append((COMPILED, 0.4))
+    found = [plan_case(Spec(name, size, device, budget), 21 if full else 7) for name, budget in grid]
     if device == "cpu":
         parts = PARTS if full else (0.25,)
         chains = [Chain(count, None, part) for count in (50, 100, 200, 1000) for part in parts]
