@@ -341,10 +341,10 @@ def _trace(
         else:
             replay = Replay(buffers_named(module, changed[k]), generators)
             output = block.timed(phase, replay if k in chosen else None)
-        gather()
         if link is not None:
             sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
             sent_bytes.append(sent.nbytes)
+        gather()
         output_bytes.append(storage_bytes(tensors_of(output)))
         paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
         buffers.append(tuple(paths[m] + name for m, name in state.changed()) if careful else ())

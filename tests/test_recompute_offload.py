@@ -10,6 +10,7 @@ from torch import nn
 
 from pyperf_dl import recompute
 from pyperf_dl._recompute_offload import HostLink
+from pyperf_dl._recompute_profile import job_of, measure
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,14 @@ def test_a_fast_link_saves_what_recomputation_costs():
     assert "offload" in str(with_link)
     plain = recompute.plan(case.model, case.inputs, **how)
     assert sum(plain.schedule.replays) > 0
+
+
+def test_a_link_leaves_the_bytes_of_what_is_kept():
+    case = CASES["gpt"]()
+    job = job_of(case.model, case.inputs, case.loss_fn)
+    plain, with_link = measure(job).profile, measure(job, link=HostLink("cpu", 1e9, 1024)).profile
+    for a, b in zip(plain.blocks, with_link.blocks, strict=True):
+        assert a.options[0][3:] == b.options[0][3:]
 
 
 def test_what_is_sent_and_what_stays():
