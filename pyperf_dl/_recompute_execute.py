@@ -68,11 +68,13 @@ def _moved(items: Sequence[Kept | Segment]) -> tuple[Kept | Segment, ...]:
 
 
 def frame_bytes(items: Sequence[Kept | Segment], own: Callable[[Segment], int]) -> int:
-    """The most that segments hold at a time, `own` of each: from its forward to its backward, those within it while it
-    runs again."""
-    segments = [item for item in items if isinstance(item, Segment)]
-    within = max((frame_bytes(segment.items, own) for segment in segments), default=0)
-    return within + sum(map(own, segments))
+    """What segments hold from their forward to their backward, those within others too; `own` of each."""
+    return sum(own(item) + frame_bytes(item.items, own) for item in items if isinstance(item, Segment))
+
+
+def depth_of(items: Sequence[Kept | Segment]) -> int:
+    """How many segments are within each other."""
+    return max((1 + depth_of(item.items) for item in items if isinstance(item, Segment)), default=0)
 
 
 class Executor:

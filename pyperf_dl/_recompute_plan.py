@@ -17,7 +17,7 @@ from ._autograd import _are_functorch_transforms_active
 from ._recompute_blocks import Blocks, Chain
 from ._recompute_calls import OP, Call, Leaf, intercept, is_intercepted, plain_call, signature_of_call
 from ._recompute_chain import ChainProfile, Schedule, Timeline, keep_everything
-from ._recompute_execute import Executor, Options, Segment, frame_bytes, items_of_model
+from ._recompute_execute import Executor, Options, Segment, depth_of, frame_bytes, items_of_model
 from ._recompute_offload import HostLink
 from ._recompute_profile import Measured, job_of, measure
 from ._recompute_report import plot_plan, shown_bytes, table_of
@@ -330,11 +330,10 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
         return sum(measured.state_bytes[blocks]) + random
 
     items = items_of_model(schedule)
-    segments = [item for item in items if isinstance(item, Segment)]
-    if not segments:
-        return 0
-    # While one runs again, it holds the state of before, too; one that has run looks at all generators.
-    return frame_bytes(items, own) + max(map(own, segments)) + measured.random_bytes
+    held = [frame_bytes([item], own) for item in items]
+    # While one runs again, it holds the state of before, and those within it are there twice; one that runs for the
+    # first time looks at all generators.
+    return sum(held) + max(held) + depth_of(items) * measured.random_bytes
 
 
 class Plan:
