@@ -145,14 +145,18 @@ class ChainProfile:
 
     @classmethod
     def merged(cls, profiles: Sequence[ChainProfile]) -> ChainProfile:
-        """Of the same model in several processes: the largest bytes and the mean times."""
+        """Of the same model in several processes: the largest bytes and the mean times, of options that all have."""
         first = profiles[0]
-        shape = [(block.name, len(block.options)) for block in first.blocks]
-        if any([(block.name, len(block.options)) for block in p.blocks] != shape for p in profiles):
+        names = [block.name for block in first.blocks]
+        if any([block.name for block in p.blocks] != names for p in profiles):
             raise ValueError("ChainProfile.merged: profiles must be of the same blocks")
 
         def options(blocks: Sequence[Block]) -> Iterator[Option]:
-            for same in zip(*(block.options for block in blocks), strict=True):
+            labelled = [{o.label: o for o in block.options} for block in blocks]
+            for label in labelled[0]:
+                same = [found[label] for found in labelled if label in found]
+                if len(same) < len(blocks):
+                    continue
                 times = (statistics.fmean(o[i] for o in same) for i in (1, 2))
                 yield Option(same[0].label, *times, *(max(o[i] for o in same) for i in (3, 4, 5)))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ._autograd import _are_functorch_transforms_active
 from ._recompute_calls import Call, Replay, buffers_named, flatten, generators_of, intercept, plain_call
-from ._recompute_chain import Node, Schedule
+from ._recompute_chain import Block, Node, Schedule
+from ._recompute_selective import KeptOutputs
 
 # For each block and option, of its index, the module and its inputs.
 Options = Sequence[Sequence[Callable[[int, nn.Module, Any], contextlib.AbstractContextManager] | None]]
@@ -27,11 +28,13 @@ class Kept(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Blocks first, ..., end - 1, which keep nothing until their backward, and then what `items` say."""
+    """Blocks first, ..., end - 1, which keep nothing (selective: outputs of expensive operators alone) until their
+    backward, and then what `items` say."""
 
     first: int
     end: int
     items: tuple[Any, ...]
+    selective: bool = False
 
 
 def items_of(nodes: Sequence[Node], at: int = 0) -> tuple[tuple[Kept | Segment, ...], int]:
@@ -55,16 +58,19 @@ def items_of(nodes: Sequence[Node], at: int = 0) -> tuple[tuple[Kept | Segment, 
     return tuple(items), at
 
 
-def items_of_model(schedule: Schedule) -> tuple[Kept | Segment, ...]:
-    """Without what lies before and behind the blocks, whose entries are the first and the last."""
-    return _moved(items_of(schedule.nodes)[0][1:-1])
+def items_of_model(schedule: Schedule, blocks: Sequence[Block]) -> tuple[Kept | Segment, ...]:
+    """Without what lies before and behind the blocks, whose entries are the first and the last. The option "selective"
+    is a segment of one block."""
 
+    def moved(item: Kept | Segment) -> Kept | Segment:
+        if isinstance(item, Segment):
+            return Segment(item.first - 1, item.end - 1, tuple(map(moved, item.items)))
+        k = item.block - 1
+        if blocks[item.block].options[item.option].label == "selective":
+            return Segment(k, k + 1, (Kept(k, 0),), selective=True)
+        return Kept(k, item.option)
 
-def _moved(items: Sequence[Kept | Segment]) -> tuple[Kept | Segment, ...]:
-    return tuple(
-        Kept(i.block - 1, i.option) if isinstance(i, Kept) else Segment(i.first - 1, i.end - 1, _moved(i.items))
-        for i in items
-    )
+    return tuple(map(moved, items_of(schedule.nodes)[0][1:-1]))
 
 
 def frame_bytes(items: Sequence[Kept | Segment], own: Callable[[Segment], int]) -> int:
@@ -73,8 +79,8 @@ def frame_bytes(items: Sequence[Kept | Segment], own: Callable[[Segment], int]) 
 
 
 def depth_of(items: Sequence[Kept | Segment]) -> int:
-    """How many segments are within each other."""
-    return max((1 + depth_of(item.items) for item in items if isinstance(item, Segment)), default=0)
+    """How many segments are within each other, and look at generators at a time; a selective one does so twice."""
+    return max((1 + i.selective + depth_of(i.items) for i in items if isinstance(i, Segment)), default=0)
 
 
 class Executor:
@@ -92,6 +98,8 @@ class Executor:
         buffers: names of those that each block changes.
         generators: that the blocks draw from, beside the default ones.
         options: for each block and option a context in which it runs, or None.
+        operators: whose outputs selective segments keep.
+        needed: how many of them each block needs.
     """
 
     def __init__(
@@ -104,12 +112,15 @@ class Executor:
         buffers: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator] = (),
         options: Options | None = None,
+        operators: Collection[str] = (),
+        needed: Sequence[int] = (),
     ) -> None:
         self.modules, self.names, self.calls, self._outputs = tuple(modules), tuple(names), tuple(calls), tuple(outputs)
         self.buffers = [buffers_named(module, names) for module, names in zip(modules, buffers, strict=True)]
         parameters = (p for module in modules for p in module.parameters())
         device = next((p.device for p in parameters), torch.device("cpu"))
         self.generators, self.options = generators_of(device, generators), options
+        self._operators, self._needed = frozenset(operators), needed
         # Autocast holds what it cast of parameters until it is left. A module that comes again may have use for it.
         self._forgets_casts = len(set(self.modules)) == len(self.modules)
         self._plain = {module: plain_call(module) for module in self.modules}
@@ -227,11 +238,31 @@ class Executor:
         with contextlib.nullcontext() if context is None else context(item.block, module, (args, kwargs)):
             return self._plain[module](*args, **kwargs)
 
-    def _segment(self, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
+    def _segment(
+        self,
+        segment: Segment,
+        previous: Mapping[int, Any],
+        outer: Mapping[int, Any],
+        around: _Frame | None = None,
+    ) -> Any:
+        """around: the segment in which this one is."""
         frame = _Frame(self, segment, previous, outer)
-        return checkpoint(frame, *frame.tensors(previous, outer), use_reentrant=False, preserve_rng_state=False)
+        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": noop_context_fn}
+        if segment.selective:
+            k = segment.first
+            kept = KeptOutputs(self._operators, self._needed[k], self.generators)
+            if around is not None:  # when it runs again, that is for the backward of the segments of its first run
+                kept = around.kept.setdefault(k, kept)
+            how["context_fn"] = lambda: kept.contexts(around is None or around.again)
+        return checkpoint(frame, *frame.tensors(previous, outer), **how)
 
-    def run_items(self, items: Sequence[Kept | Segment], previous: Mapping[int, Any], outer: Mapping[int, Any]) -> Any:
+    def run_items(
+        self,
+        items: Sequence[Kept | Segment],
+        previous: Mapping[int, Any],
+        outer: Mapping[int, Any],
+        around: _Frame | None = None,
+    ) -> Any:
         output = None
         for place, item in enumerate(items):
             if place:
@@ -244,7 +275,7 @@ class Executor:
                 if self._forgets_casts:
                     torch.clear_autocast_cache()
             else:
-                output = self._segment(item, previous, outer)
+                output = self._segment(item, previous, outer, around)
         return output
 
 
@@ -265,6 +296,8 @@ class _Frame:
         buffers = [key for k in range(segment.first, segment.end) for key in executor.buffers[k]]
         self._replay = Replay(buffers, executor.generators)
         self._tensors: list[tuple[dict[str, Any], str, Any]] | None = None
+        self.again = False
+        self.kept: dict[int, KeptOutputs] = {}  # of the blocks in it that run selectively
 
     def tensors(self, previous: Mapping[int, Any], outer: Mapping[int, Any]) -> list[torch.Tensor]:
         return [*(previous[i] for i in self._previous), *(outer[i] for i in self._outer)]
@@ -274,12 +307,13 @@ class _Frame:
         previous = dict(zip(self._previous, tensors[:count], strict=True)) | self._constants
         outer = dict(zip(self._outer, tensors[count:], strict=True))
         del tensors
+        self.again = self._tensors is not None
         if self._tensors is None:
             self._tensors = self._current_tensors()
 
         def run() -> Any:
             with _tensors_set(self._tensors):
-                return self._executor.run_items(self._segment.items, previous, outer)
+                return self._executor.run_items(self._segment.items, previous, outer, self)
 
         return self._replay(run)
 

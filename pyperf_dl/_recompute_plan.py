@@ -21,12 +21,13 @@ from ._recompute_execute import Executor, Options, Segment, depth_of, frame_byte
 from ._recompute_offload import HostLink
 from ._recompute_profile import Measured, job_of, measure
 from ._recompute_report import plot_plan, shown_bytes, table_of
+from ._recompute_selective import Selective, operator_names
 from ._recompute_solver import least_budget, simulate, solve
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _RESERVE = 0.05  # of a device's memory, which budget="fit" leaves
-_STATE = ("state_bytes", "drawn_bytes", "random_bytes")
+_STATE = ("state_bytes", "drawn_bytes", "random_bytes", "operators", "needed")
 _TRIES = 3
 _ON_NEW_SHAPES = ("replan", "error", "keep")
 
@@ -66,6 +67,7 @@ def plan(
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
     offload: bool | HostLink = False,
+    selective: Selective = False,
     group: Any = None,
     on_new_shapes: str | None = None,
     time_limit: float | None = 10.0,
@@ -128,6 +130,7 @@ def plan(
     job = job_of(model, inputs, loss_fn)
     link = _link_of(offload, job.device)
     how = {"optimizer": optimizer, "blocks": blocks, "generators": generators, "link": link, "progress": progress}
+    how["operators"] = operator_names(f"{OP}.plan", selective)
     measured = measure(job, **how)
     if group is None:
         amount, schedule = _solved(measured, budget, job.device, time_limit)
@@ -163,6 +166,7 @@ def profile(
     optimizer: torch.optim.Optimizer | int | None = None,
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
+    selective: Selective = False,
     device: str | None = None,
     progress: bool = False,
 ) -> ChainProfile:
@@ -198,6 +202,7 @@ def profile(
         optimizer=optimizer,
         blocks=blocks,
         generators=generators,
+        operators=operator_names(f"{OP}.profile", selective),
         progress=progress,
     ).profile
 
@@ -292,8 +297,10 @@ def _solved_together(
 
 def _least(measured: Measured, time_limit: float | None) -> tuple[Schedule, int]:
     """A schedule with the least peak, and the block that decides it. Segments in segments hold more to be run again, so
-    that the least peak of the chain alone need not be the least."""
-    chain = _without_offload(measured.profile, range(len(measured.profile)))
+    that the least peak of the chain alone need not be the least. Other options than the first one would not lower it by
+    more than what they hold."""
+    first = tuple(block._replace(options=block.options[:1]) for block in measured.profile.blocks)
+    chain = dataclasses.replace(measured.profile, blocks=first)
     least, block = least_budget(chain)
     room = full_peak(chain) - least
     found = [solve(chain, least + round(part * room), time_limit=time_limit) for part in (0, 0.02, 0.05, 0.1, 0.2, 1)]
@@ -309,7 +316,7 @@ def _solved_for_execution(chain: ChainProfile, amount: int, time_limit: float | 
     while both := [
         k
         for k, (runs, option) in enumerate(zip(schedule.replays, schedule.kept_options, strict=True))
-        if runs and option
+        if runs and chain.blocks[k].options[option].label == "offload"
     ]:
         chain = _without_offload(chain, both)
         schedule = solve(chain, amount, time_limit=time_limit)
@@ -317,7 +324,8 @@ def _solved_for_execution(chain: ChainProfile, amount: int, time_limit: float | 
 
 
 def _without_offload(chain: ChainProfile, which: Collection[int]) -> ChainProfile:
-    blocks = tuple(b._replace(options=b.options[:1]) if k in which else b for k, b in enumerate(chain.blocks))
+    """It is the last option of a block, so that the others keep their numbers."""
+    blocks = tuple(b._replace(options=b.options[:-1]) if k in which else b for k, b in enumerate(chain.blocks))
     return dataclasses.replace(chain, blocks=blocks)
 
 
@@ -329,7 +337,7 @@ def _held_bytes(measured: Measured, schedule: Schedule) -> int:
         random = min(sum(measured.drawn_bytes[blocks]), measured.random_bytes)
         return sum(measured.state_bytes[blocks]) + random
 
-    items = items_of_model(schedule)
+    items = items_of_model(schedule, measured.profile.blocks)
     held = [frame_bytes([item], own) for item in items]
     # While one runs again, it holds the state of before, and those within it are there twice; one that runs for the
     # first time looks at all generators.
@@ -435,10 +443,12 @@ class Plan:
             chain.names,
             chain.calls,
             chain.outputs,
-            items_of_model(schedule),
+            items_of_model(schedule, measured.profile.blocks),
             measured.buffers,
             self._generators,
             self._options(),
+            measured.operators,
+            measured.needed,
         )
         self._executor.attach()
         self._signature = measured.profile.signature

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ._recompute_blocks import Blocks, Chain, find_chain
 from ._recompute_calls import (
@@ -35,6 +35,7 @@ from ._recompute_calls import (
 from ._recompute_chain import Block, ChainProfile, Option
 from ._recompute_memory import FakeRecorder, MemoryRecorder, storage_bytes
 from ._recompute_offload import HostLink, offload_seconds
+from ._recompute_selective import KeptOutputs, needed_outputs
 
 _BEFORE, _BEHIND = "before the blocks", "behind the blocks"
 _SCALARS = 1024  # bytes of numbers that operators turn into tensors
@@ -50,6 +51,8 @@ class Measured(NamedTuple):
     state_bytes: tuple[int, ...]  # of these
     drawn_bytes: tuple[int, ...]  # of the states of generators that each block draws from
     random_bytes: int  # of the generators' states, where they lie on the device
+    operators: tuple[str, ...]  # whose outputs the option "selective" keeps
+    needed: tuple[int, ...]  # how many of these outputs each block needs
 
 
 class Job(NamedTuple):
@@ -125,6 +128,7 @@ def measure(
     blocks: Blocks = None,
     generators: Sequence[torch.Generator] = (),
     link: HostLink | None = None,
+    operators: tuple[str, ...] = (),
     without_data: bool = False,
     progress: bool = False,
 ) -> Measured:
@@ -143,18 +147,20 @@ def measure(
     ):
         try:
             chain = find_chain(job.model, job.forward, blocks)
+            selective = _Selective(frozenset(operators), [not _is_compiled(module) for module in chain.modules])
             with _zero_gradients(job.leaves):
                 advance("bytes")
                 if without_data:
                     with FakeRecorder() as recorder:
-                        trace = _trace(job, chain, recorder.phase, generators)
+                        trace = _trace(job, chain, recorder.phase, generators, selective)
                     times, frame = recorder.times, 0.0
                     buffers = tuple(tuple(n for n, _ in m.named_buffers()) for m in chain.modules)
                 else:
                     state.set()
                     with MemoryRecorder(job.device) as recorder:
-                        trace = _trace(job, chain, recorder.phase, generators, link, careful=True)
+                        trace = _trace(job, chain, recorder.phase, generators, selective, link, careful=True)
                     state.set()
+                    selective = selective._replace(needed=trace.needed)
                     times = {}
                     for turn in range(_REPETITIONS):
                         advance("times")
@@ -164,6 +170,7 @@ def measure(
                             chain,
                             _Timer(job.device, times).phase,
                             generators,
+                            selective,
                             chosen=chosen,
                             changed=trace.buffers,
                         )
@@ -174,8 +181,10 @@ def measure(
     usages = recorder.usages
     seconds = _seconds(times, _alike(chain, trace, usages), frame)
     inner = [_block(name, str(k), usages, seconds, trace.output_bytes[k], True) for k, name in enumerate(chain.names)]
+    inner = [_with_selective(block, k, usages, seconds) for k, block in enumerate(inner)]
     if link is not None:
         inner = _with_offload(inner, trace.sent_bytes, usages, link)
+    inner = [_without_dominated(block) for block in inner]
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
     behind = _block(_BEHIND, _BEHIND, usages, seconds, trace.loss_bytes, False)
     static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
@@ -196,6 +205,8 @@ def measure(
         tuple(storage_bytes(m._buffers[n] for m, n in c) for c in changed),
         tuple(trace.drawn_bytes),
         random_bytes,
+        operators,
+        tuple(trace.needed),
     )
 
 
@@ -287,8 +298,17 @@ class _Trace(NamedTuple):
     buffers: tuple[tuple[str, ...], ...]
     drawn_bytes: list[int]  # of the states of generators that each block draws from
     sent_bytes: list[int]  # of each block, with a link
+    needed: list[int]  # outputs of operators that the option "selective" keeps, of each block
     loss_bytes: int  # and its gradient's, and what refers to them, until the backward is over
     reached: list[list[torch.Tensor]]  # leaves whose gradients came from each block, and from before and behind
+
+
+class _Selective(NamedTuple):
+    """Operators whose outputs a block may keep, and how many of them each block needs; before that is known, whether it
+    may have the option at all."""
+
+    operators: frozenset[str]
+    needed: Sequence[int]
 
 
 def _trace(
@@ -296,6 +316,7 @@ def _trace(
     chain: Chain,
     phase: Callable[[str], Any],
     generators: Sequence[torch.Generator],
+    selective: _Selective,
     link: HostLink | None = None,
     careful: bool = False,
     chosen: Collection[int] | None = None,
@@ -314,6 +335,7 @@ def _trace(
 
     output_bytes: list[int] = []
     sent_bytes: list[int] = []
+    needed: list[int] = []
     drawn_bytes: list[int] = []
     buffers: list[tuple[str, ...]] = []
     edges: list[Any] = []  # between what lies before the blocks, and the first one
@@ -335,15 +357,25 @@ def _trace(
             input_bytes = storage_bytes(tensors_of([args, kwargs]))
         inputs.extend(weakref.ref(t) for t in tensors_of([args, kwargs]))
         state = State(buffers_of(module), generators)
-        block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k])
+        block = _CalledBlock(module, plain[module], args, kwargs, str(k), chain.names[k], chosen is not None)
         if chosen is None:
             output = block.measured(phase, state, careful)
+            needed.append(block.selective(phase, state if careful else None, selective, k))
+            if link is not None:
+                sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
+                sent_bytes.append(sent.nbytes)
         else:
-            replay = Replay(buffers_named(module, changed[k]), generators)
-            output = block.timed(phase, replay if k in chosen else None)
-        if link is not None:
-            sent = block.trained(phase, lambda: link.context(k, module, (args, kwargs)), ":offload")
-            sent_bytes.append(sent.nbytes)
+            output = block.output()
+            if k in chosen:
+
+                def replay() -> Replay:
+                    return Replay(buffers_named(module, changed[k]), generators)
+
+                block.trained(phase)
+                block.again(phase, ":again", replay())
+                if selective.needed[k]:
+                    kept = KeptOutputs(selective.operators, selective.needed[k], generators)
+                    block.again(phase, ":selective", replay(), kept)
         gather()
         output_bytes.append(storage_bytes(tensors_of(output)))
         paths = {m: path + "." * bool(path) for path, m in module.named_modules()}
@@ -387,7 +419,7 @@ def _trace(
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
     gather()
     reached.insert(0, reached.pop())
-    return _Trace(output_bytes, input_bytes, tuple(buffers), drawn_bytes, sent_bytes, loss_bytes, reached)
+    return _Trace(output_bytes, input_bytes, tuple(buffers), drawn_bytes, sent_bytes, needed, loss_bytes, reached)
 
 
 def _nodes(roots: Sequence[Any]) -> set[Any]:
@@ -404,7 +436,7 @@ def _nodes(roots: Sequence[Any]) -> set[Any]:
 
 class _CalledBlock:
     """A block with the arguments of its call, cut off from their history; `drawn_bytes`: of the states of generators
-    that it draws from."""
+    that it draws from. is_timed: gradients of its output are there when a backward begins, whose time they are not."""
 
     drawn_bytes = 0
 
@@ -416,9 +448,10 @@ class _CalledBlock:
         kwargs: dict[str, Any],
         label: str,
         name: str,
+        is_timed: bool,
     ) -> None:
         self._args, self._kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, (args, kwargs))
-        self._run, self._label, self._name = run, label, name
+        self._run, self._label, self._name, self._is_timed = run, label, name, is_timed
 
     def _call(self) -> Any:
         return self._run(*self._args, **self._kwargs)
@@ -436,20 +469,55 @@ class _CalledBlock:
         self.trained(phase, check=values if careful else None)
         return values
 
-    def timed(self, phase: Callable[[str], Any], replay: Replay | None) -> Any:
-        """The same, with times instead of bytes: with history, and as a segment of its own. None: the output alone."""
+    def output(self) -> Any:
+        """Cut off from its history."""
         with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
-            values = torch.utils._pytree.tree_map_only(torch.Tensor, _cut, self._call())
-        if replay is not None:
-            self.trained(phase, seeded_before=True)
-            run = self._run
+            return torch.utils._pytree.tree_map_only(torch.Tensor, _cut, self._call())
 
-            def segment(*args: Any, **kwargs: Any) -> Any:
-                return replay(lambda: run(*args, **kwargs))
+    def again(
+        self,
+        phase: Callable[[str], Any],
+        option: str,
+        replay: Callable[[Callable[[], Any]], Any],
+        kept: KeptOutputs | None = None,
+    ) -> None:
+        """Trained as a segment of its own, which may keep something. replay: runs it both times."""
+        run = self._run
 
-            self._run = functools.partial(checkpoint, segment, use_reentrant=False, preserve_rng_state=False)
-            self.trained(phase, option=":again", seeded_before=True)
-        return values
+        def segment(*args: Any, **kwargs: Any) -> Any:
+            output = replay(lambda: run(*args, **kwargs))
+            torch.clear_autocast_cache()
+            return output
+
+        self._run = functools.partial(
+            checkpoint,
+            segment,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=noop_context_fn if kept is None else kept.contexts,
+        )
+        self.trained(phase, option=option)
+        self._run = run
+
+    def selective(self, phase: Callable[[str], Any], state: State | None, how: _Selective, k: int) -> int:
+        """Bytes of a run that keeps outputs of operators; how many. state: of before, which holds no memory of what is
+        measured."""
+        if not (how.operators and how.needed[k]):
+            return 0
+        after = State(state.buffers, state.generators) if state is not None else None
+
+        def from_the_start(run: Callable[[], Any]) -> Any:
+            if state is not None:
+                state.set()
+            return run()
+
+        needed = needed_outputs(how.operators, lambda: from_the_start(self._call))
+        if needed:
+            generators = state.generators if state is not None else ()
+            self.again(phase, ":selective", from_the_start, KeptOutputs(how.operators, needed, generators))
+        if after is not None:
+            after.set()
+        return needed
 
     def trained(
         self,
@@ -457,10 +525,8 @@ class _CalledBlock:
         context: Callable[[], Any] = contextlib.nullcontext,
         option: str = "",
         check: Any = None,
-        seeded_before: bool = False,
     ) -> Any:
-        """A forward with history, and its backward; what the context gave. seeded_before: the gradient of the output is
-        there when the backward begins, whose time it is not."""
+        """A forward with history, and its backward; what the context gave."""
         torch.clear_autocast_cache()  # what a run before has cast is this one's to cast
         try:
             with phase(f"{self._label}{option}:history"), context() as given:
@@ -482,7 +548,7 @@ class _CalledBlock:
                     "it out of blocks"
                 )
             del pairs
-        seeded = [_Seed.apply(t, seeded_before) for t in tensors_of(output) if t.requires_grad]
+        seeded = [_Seed.apply(t, self._is_timed) for t in tensors_of(output) if t.requires_grad]
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in seeded]
         zeros = [_zeros(_like(t)) for t in seeded]
         with phase(f"{self._label}{option}:release"):
@@ -612,8 +678,32 @@ def _with_offload(
         forward, backward = offload_seconds(link, sent, keep.forward, keep.backward)
         peak = max(offload.backward_peak, keep.backward_peak) + max(sent_bytes)
         offload = offload._replace(forward=forward, backward=backward, backward_peak=peak)
-        made.append(block._replace(options=(keep, offload)) if sent else block)
+        made.append(block._replace(options=(*block.options, offload)) if sent else block)
     return made
+
+
+def _with_selective(block: Block, k: int, usages: dict[str, Any], seconds: dict[str, float]) -> Block:
+    """One more option, where it was measured. It computes more than the first one: less time is chance."""
+    if f"{k}:selective:history" not in usages or f"{k}:selective:history" not in seconds:
+        return block
+    keep, option = block.options[0], _option("selective", f"{k}:selective", usages, seconds)
+    backward = max(option.backward, keep.forward + keep.backward - option.forward)
+    return block._replace(options=(keep, option._replace(backward=backward)))
+
+
+def _without_dominated(block: Block) -> Block:
+    """But for options that keep no less, and take no less time, than one before them."""
+    found: list[Option] = []
+    for option in block.options:
+        seconds = option.forward + option.backward
+        if not any(o.saved_bytes <= option.saved_bytes and o.forward + o.backward <= seconds for o in found):
+            found.append(option)
+    return block._replace(options=tuple(found))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether some of it is, whose operators nobody sees."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
 
 
 def _phases(k: int) -> tuple[str, str]:
@@ -667,6 +757,9 @@ def _seconds(times: dict[str, list[float]], alike: Sequence[Sequence[int]], fram
             forward = median("forward")
         for k in kind:
             found |= {f"{k}:forward": forward, f"{k}:history": history, f"{k}:backward": backward}
+        if any(f"{k}:selective:history" in times for k in kind):
+            kept = {f"selective:{what}": median(f"selective:{what}") for what in ("history", "backward")}
+            found |= {f"{k}:{what}": value for k in kind for what, value in kept.items()}
     return found
 
 

@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", help="a container, or the blocks in order; default: found by itself")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--optimizer", help="a class of torch.optim, whose state counts")
+    parser.add_argument("--selective", action="store_true", help="blocks may keep outputs of expensive operators alone")
     parser.add_argument("--plot", metavar="FILE", help="draw the plan")
     parser.add_argument("--pareto", metavar="FILE", help="draw time over memory for other budgets")
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         optimizer = getattr(torch.optim, options.optimizer)(model.parameters()) if options.optimizer else None
         blocks = options.blocks[0] if options.blocks and len(options.blocks) == 1 else options.blocks
         inputs = _inputs(options.inputs, options.device)
-        made = plan(model, inputs, budget=options.budget, optimizer=optimizer, blocks=blocks)
+        how = {"budget": options.budget, "optimizer": optimizer, "blocks": blocks, "selective": options.selective}
+        made = plan(model, inputs, **how)
     except (ValueError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -156,6 +156,7 @@ class Text(Model):
 
 
 X = torch.ones(4, 8)
+VIEW, IN_PLACE, CAST = torch.ops.aten.transpose, torch.ops.aten.add_.Tensor, torch.ops.aten._to_copy.default
 # model, arguments of plan, class of the error, message
 CASES = {
     "no module": (lambda: (lambda x: x), {}, TypeError, r"model must be a torch\.nn\.Module, got function"),
@@ -207,6 +208,14 @@ CASES = {
     "new shapes": (Model, {"on_new_shapes": "ignore"}, ValueError, r"on_new_shapes must be one of .*got 'ignore'"),
     "generators": (Model, {"generators": [3]}, TypeError, r"generators must .*torch\.Generator, got .*int"),
     "one generator": (Model, {"generators": torch.Generator()}, TypeError, r"generators must .*got Generator"),
+    "selective a number": (Model, {"selective": 1}, TypeError, r"plan: selective must be a bool or .*got int"),
+    "selective a name": (Model, {"selective": "aten::mm"}, TypeError, r"plan: selective must be .*got str"),
+    "selective of names": (Model, {"selective": ["aten::mm"]}, TypeError, r"selective must be .*got aten::mm of str"),
+    "a function": (Model, {"selective": [torch.mm]}, TypeError, r"selective must be .*got .*mm.* of builtin_function"),
+    "no operators": (Model, {"selective": []}, ValueError, r"plan: selective must be .*at least one, got none"),
+    "a view": (Model, {"selective": {VIEW}}, ValueError, r"selective must be .*of their own.*got aten\.transpose"),
+    "in place": (Model, {"selective": [IN_PLACE]}, ValueError, r"selective must be .*of their own.*got aten\.add_"),
+    "a cast": (Model, {"selective": [CAST]}, ValueError, r"selective must be .*are no casts, got aten\._to_copy"),
     "time limit": (Model, {"time_limit": -1.0}, ValueError, r"time_limit must be .*got -1"),
 }  # fmt: skip
 
@@ -260,6 +269,12 @@ def test_a_model_that_calls_its_blocks_in_another_order_afterwards():
     model.layers = nn.ModuleList([order[1], order[0], *order[2:]])
     with pytest.raises(RuntimeError, match="make a new plan"):
         model(X)
+
+
+@pytest.mark.parametrize("selective", [None, 0, "all", [None]])
+def test_profile_refuses(selective):
+    with pytest.raises(TypeError, match=r"recompute\.profile: selective must be a bool or a collection of operators"):
+        recompute.profile(Model(), X, selective=selective)
 
 
 @pytest.mark.parametrize("points", [1, 0, -3, 2.0, True, "5"])
