@@ -95,6 +95,36 @@ class MemoryRecorder:
             self._add(name, Usage(peak, bytes_now))
 
 
+class StorageWatch(TorchDispatchMode):
+    """Storages of what operators return while it is active, as long as somebody holds them."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                self._seen[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return out
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        for t in tensors:
+            self._seen.pop(t.untyped_storage()._cdata, None)
+
+    def bytes_held(self) -> int:
+        return sum(nbytes for storage, nbytes in self._seen.values() if storage() is not None)
+
+
 class FakeRecorder(TorchDispatchMode):
     """Bytes and times of phases of a program on tensors without data (`FakeTensorMode`, or the device "meta").
 

@@ -33,7 +33,7 @@ from ._recompute_calls import (
     tensors_of,
 )
 from ._recompute_chain import Block, ChainProfile, Option
-from ._recompute_memory import FakeRecorder, MemoryRecorder, storage_bytes
+from ._recompute_memory import FakeRecorder, MemoryRecorder, StorageWatch, Usage, storage_bytes
 from ._recompute_offload import HostLink, offload_seconds
 from ._recompute_selective import KeptOutputs, needed_outputs
 
@@ -178,7 +178,7 @@ def measure(
                     frame, buffers = _frame_seconds(job.device, generators), trace.buffers
         finally:
             state.set()
-    usages = recorder.usages
+    usages = _without_locals(recorder.usages, trace.local_bytes)
     seconds = _seconds(times, _alike(chain, trace, usages), frame)
     inner = [_block(name, str(k), usages, seconds, trace.output_bytes[k], True) for k, name in enumerate(chain.names)]
     inner = [_with_selective(block, k, usages, seconds) for k, block in enumerate(inner)]
@@ -301,6 +301,7 @@ class _Trace(NamedTuple):
     needed: list[int]  # outputs of operators that the option "selective" keeps, of each block
     loss_bytes: int  # and its gradient's, and what refers to them, until the backward is over
     reached: list[list[torch.Tensor]]  # leaves whose gradients came from each block, and from before and behind
+    local_bytes: int  # of what lies before the blocks, which the forward holds until it ends
 
 
 class _Selective(NamedTuple):
@@ -344,14 +345,19 @@ def _trace(
     held: list[Any] = []  # what the last block reads: in training it has that until its backward
     inputs: list[weakref.ref[torch.Tensor]] = []  # of all blocks
     running = contextlib.ExitStack()
+    watch, watching = StorageWatch(), contextlib.ExitStack()
+    local_bytes = 0
 
     def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal input_bytes
+        nonlocal input_bytes, local_bytes
         k = len(output_bytes)
         if k >= len(chain.modules):
             raise RuntimeError(f"{OP}: block {chain.names[-1]} is called again, other than in the forward before")
         if k == 0:
             running.close()
+            watching.close()
+            watch.forget(tensors_of([args, kwargs]))
+            local_bytes = watch.bytes_held()
             grads = [t for t in tensors_of([args, kwargs]) if t.requires_grad]
             edges.extend((torch.autograd.graph.get_gradient_edge(t), _like(t)) for t in grads)
             input_bytes = storage_bytes(tensors_of([args, kwargs]))
@@ -393,10 +399,14 @@ def _trace(
     torch.clear_autocast_cache()
     with intercepted(chain.modules, call):
         running.enter_context(phase(f"{_BEFORE}:history"))
+        if chosen is None:
+            watching.enter_context(watch)
         try:
             loss = job.loss(job.forward())
         finally:
+            watching.close()
             running.close()
+    local_bytes -= watch.bytes_held()
     if len(output_bytes) < len(chain.modules):
         raise RuntimeError(
             f"{OP}: block {chain.names[len(output_bytes)]} is not called, other than in the forward before"
@@ -419,7 +429,9 @@ def _trace(
             torch.autograd.backward([e for e, _ in edges], [_zeros(like) for _, like in edges], inputs=leaves)
     gather()
     reached.insert(0, reached.pop())
-    return _Trace(output_bytes, input_bytes, tuple(buffers), drawn_bytes, sent_bytes, needed, loss_bytes, reached)
+    return _Trace(
+        output_bytes, input_bytes, tuple(buffers), drawn_bytes, sent_bytes, needed, loss_bytes, reached, local_bytes
+    )
 
 
 def _nodes(roots: Sequence[Any]) -> set[Any]:
@@ -708,6 +720,23 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _phases(k: int) -> tuple[str, str]:
     return f"{k}:offload:history", f"{k}:offload:backward"
+
+
+def _without_locals(usages: dict[str, Usage], local_bytes: int) -> dict[str, Usage]:
+    """What the model's forward holds of what it computed before the blocks is there as long as it runs, and gone in the
+    backward; measured was as if `before` kept that, and `behind` released it."""
+    made = {}
+    for name, (peak, after) in usages.items():
+        label, _, what = name.rpartition(":")
+        if what in ("forward", "history"):
+            if label == _BEFORE:
+                after -= local_bytes
+            else:
+                peak += local_bytes
+            if label == _BEHIND:
+                after += local_bytes
+        made[name] = Usage(peak, after)
+    return made
 
 
 def _with_shared_gradients(blocks: Sequence[Block], reached: Sequence[Sequence[torch.Tensor]]) -> list[Block]:
