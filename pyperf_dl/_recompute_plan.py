@@ -92,6 +92,9 @@ def plan(
             the children of the model's ``nn.Sequential`` and ``nn.ModuleList``.
         generators: that the blocks draw from, beside the default ones.
         offload: whether what a block saves may also wait in the host's pinned memory; CUDA, or a `HostLink`.
+        selective: whether a block may also keep the outputs of expensive operators alone (products of matrices,
+            convolutions, attention), and compute the rest again in its backward. Or the operators: a collection of
+            ``torch.ops.aten.addmm`` or its overloads, none that write to an argument, give a view or cast.
         group: a ``torch.distributed`` process group, all of whose processes make this call: they get the same plan, for
             the largest bytes and the mean times that they measured.
         on_new_shapes: what to do when the model gets inputs of other shapes in training: ``"replan"`` (None without a
@@ -172,12 +175,13 @@ def profile(
 ) -> ChainProfile:
     """Times and bytes of a model's chain of blocks.
 
-    Nine forwards and four backwards of each block, of which none keeps the activations of more than one. The model, its
-    buffers, gradients and mode, and the generators are left as they were. Times are medians over the steps, and over
-    blocks that are alike; bytes are the allocator's own, see `peak_memory`.
+    Nine forwards and four backwards of each block, of which none keeps the activations of more than one; with
+    `selective` fourteen and six. The model, its buffers, gradients and mode, and the generators are left as they were.
+    Times are medians over the steps, and over blocks that are alike; bytes are the allocator's own, see `peak_memory`.
 
     Args:
         model, inputs, loss_fn, optimizer, blocks, generators, progress: see `plan`.
+        selective: see `plan`. `Block.options` then has "selective" behind "keep", where that keeps less.
         device: ``"meta"`` predicts without running: the operators get tensors without data, so that a model which does
             not fit can be looked at; it may lie on the device "meta" itself. Bytes are those of what operators return,
             not of what they allocate within themselves; times are those of a machine of 200 TFLOP/s and 2 TB/s.
