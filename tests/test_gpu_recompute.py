@@ -43,8 +43,9 @@ def peak_of(case):
     return torch.cuda.max_memory_allocated()
 
 
+@pytest.mark.parametrize("selective", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_within_the_budget(name):
+def test_the_same_bits_within_the_budget(name, selective):
     case = on_gpu(CASES[name]())
     assert next(case.model.parameters()).is_cuda
     before = copy.deepcopy(case.model.state_dict())
@@ -53,7 +54,7 @@ def test_the_same_bits_within_the_budget(name):
     assert all(torch.equal(a, b) for a, b in zip(wanted, results(case), strict=True)), (
         "the model itself is not deterministic"
     )
-    how = {"loss_fn": case.loss_fn, "blocks": case.blocks}
+    how = {"loss_fn": case.loss_fn, "blocks": case.blocks, "selective": selective}
     least = recompute.plan(case.model, case.inputs, budget="least", **how)
     full = recompute.full_peak(least.profile)
     assert full == pytest.approx(peak_of(case), rel=0.02)
