@@ -430,6 +430,14 @@ def _run_checked(
     outputs = [t for t in outputs if t.requires_grad]
     weights = [made(t.shape) for t in outputs]
     gradients = torch.autograd.grad(outputs, leaves, weights)
+    if table.noisy[row]:
+        target = made(shape)
+        step = pyperf_dl.sampler_step(
+            x, output, table, row, history=history, clip=2.0, log_prob=True, target=target, **how
+        )
+        mean = step.log_prob / target[0].numel()
+        outputs.append(mean.to(within))
+        gradients += torch.autograd.grad(mean.sum(), leaves)
     return tuple(t.detach() for t in (*outputs, *gradients))
 
 
