@@ -80,9 +80,14 @@ class Job(NamedTuple):
         return floats[0] if floats[0].numel() == 1 else sum(t.float().mean() for t in floats)
 
     @property
+    def modules(self) -> list[nn.Module]:
+        return [self.model, self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [self.model]
+
+    @property
     def leaves(self) -> list[torch.Tensor]:
         """What gradients are gathered in."""
-        tensors = [*self.model.parameters(), *tensors_of([self.args, self.kwargs])]
+        tensors = [p for module in self.modules for p in module.parameters()]
+        tensors += tensors_of([self.args, self.kwargs])
         return list({id(t): t for t in tensors if t.requires_grad and t.is_leaf}.values())
 
     @property
@@ -139,7 +144,7 @@ def measure(
         raise TypeError(f"{OP}: generators must be a sequence of torch.Generator, got {got}")
     extra = optimizer_bytes(job.model, optimizer)
     generators = generators_of(job.device, generators)
-    state = State(buffers_of(job.model), generators)
+    state = State([key for module in job.modules for key in buffers_of(module)], generators)
     with (
         _progress(2 + _REPETITIONS, progress) as advance,
         torch.enable_grad(),
@@ -187,7 +192,8 @@ def measure(
     inner = [_without_dominated(block) for block in inner]
     before = _block(_BEFORE, _BEFORE, usages, seconds, trace.input_bytes, False)
     behind = _block(_BEHIND, _BEHIND, usages, seconds, trace.loss_bytes, False)
-    static = [*job.model.parameters(), *job.model.buffers(), *tensors_of([job.args, job.kwargs])]
+    static = [t for module in job.modules for t in (*module.parameters(), *module.buffers())]
+    static += tensors_of([job.args, job.kwargs])
     gradients = sum(t.numel() * t.element_size() for t in job.leaves)
     profile = ChainProfile(
         tuple(_with_shared_gradients((before, *inner, behind), trace.reached)),
@@ -273,7 +279,8 @@ def _without_data(job: Job) -> Iterator[Job]:
 
     places = [
         (members, name, value)
-        for module in job.model.modules()
+        for whole in job.modules
+        for module in whole.modules()
         for members in (module._parameters, module._buffers)
         for name, value in members.items()
         if value is not None

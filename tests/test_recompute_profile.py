@@ -139,6 +139,23 @@ def test_a_loss_with_parameters_gets_no_gradients():
     assert all(p.grad is None for p in loss.parameters())
 
 
+def test_a_loss_module_is_a_part_of_the_step():
+    case = layers()
+    plain = profiled(case).fixed_bytes
+    whole = nn.Sequential(nn.Linear(8, 100), nn.BatchNorm1d(100), nn.Linear(100, 1), Mean())
+    before = copy.deepcopy(whole.state_dict())
+    chain = profiled(case._replace(loss_fn=whole))
+    parameters = storage_bytes(whole.parameters())
+    assert chain.fixed_bytes == plain + 2 * parameters + storage_bytes(whole.buffers())
+    assert all(p.grad is None for p in whole.parameters())
+    assert all(torch.equal(before[name], value) for name, value in whole.state_dict().items())
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean()
+
+
 class Failing(Layer):
     wait = 0
 
