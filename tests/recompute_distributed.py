@@ -21,7 +21,8 @@ def main(kind, path):
     case = gpt(batch=2, length=16, dim=16, layers=5)
     plain, planned = case.model, copy.deepcopy(case.model)
     if kind == "DDP":  # one plan for all, as each process measures other times
-        plan = recompute.plan(planned, case.inputs, loss_fn=case.loss_fn, budget="least", group=dist.group.WORLD)
+        how = {"loss_fn": case.loss_fn, "selective": True, "group": dist.group.WORLD}
+        plan = recompute.plan(planned, case.inputs, budget="least", **how)
         plans = [None, None]
         dist.all_gather_object(plans, (plan.schedule, plan.profile, plan.budget))
         assert plans[0] == plans[1]

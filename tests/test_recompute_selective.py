@@ -113,7 +113,7 @@ def test_the_peak_is_as_predicted_and_the_bits_are_the_same(name):
             assert plan.predicted_peak <= (1.03 if name == "counts" else 1.01) * peak  # large buffers
 
 
-@pytest.mark.parametrize("name", ["gpt", "resnet", "encoder", "albert"])
+@pytest.mark.parametrize("name", ["gpt", "resnet"])
 def test_fake_tensors_save_as_many_bytes(name):
     case = GRID[name]()
     how = {"loss_fn": case.loss_fn, "blocks": case.blocks, "selective": True}
