@@ -63,6 +63,7 @@ class Sampler:
         progress: bool = False,
         callback: Callable[[int, SamplerStep], Any] | None = None,
         return_trajectory: bool = False,
+        return_log_prob: bool = False,
         capture: bool = False,
     ) -> Any:
         """From x, the sample at the first step, to the last.
@@ -81,13 +82,17 @@ class Sampler:
             progress: shows a bar (needs rich).
             callback: ``callback(row, step)`` after each step, with denoised; its return value is not used.
             return_trajectory: also returns ``[rows - begin + 1, B, ...]``, x and the sample after each step.
+            return_log_prob: also returns ``[rows - begin, B]``, the log-probability of each step's sample given the one
+                before, see `sampler_step`; 0 in rows that add no noise.
             capture: records model and steps in one CUDA graph when called first, and replays it. x, guidance, key, the
                 generator's seed and the table's coefficients may differ from call to call; another shape, model or kind
                 of call makes another recording, and so does a table that multiplies the first input by another number,
-                or gives x other noise. The model must not sync; no callback, progress or `noise`.
+                or gives x other noise. The model must not sync; no callback, progress or `noise`, and log-probabilities
+                with `key` alone.
 
         Returns:
-            Tensor: the last sample; with return_trajectory (sample, trajectory).
+            Tensor: the last sample; with return_trajectory or return_log_prob (sample, trajectory, log_prob), without
+            what was not asked for.
 
         Raises:
             TypeError, ValueError: as `sampler_step`; capture without CUDA, or with what it can't do.
@@ -113,14 +118,20 @@ class Sampler:
             guidance = _checks.number(op, "guidance", guidance, finite=True)
         if model_dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and model_dtype in DTYPES[:2]):
             raise ValueError(f"{op}: model_dtype must be x's, or 16 bits beside a float32 x, got {model_dtype}")
-        for name, flag in (("progress", progress), ("return_trajectory", return_trajectory), ("capture", capture)):
+        flags = {"progress": progress, "return_trajectory": return_trajectory, "return_log_prob": return_log_prob}
+        for name, flag in (*flags.items(), ("capture", capture)):
             _checks.flag(op, name, flag)
         if capture:
             if not x.is_cuda:
                 raise ValueError(f"{op}: capture needs CUDA, got x on {x.device}")
             if progress or callback is not None or noise is not None:
                 raise ValueError(f"{op}: capture leaves no room for progress, callback or noise; pass none of them")
-            return self._replayed(model, x, guidance, generator, key, model_dtype, begin, return_trajectory)
+            if return_log_prob and key is None:
+                raise ValueError(
+                    f"{op}: capture with return_log_prob needs key, for noise of a generator is drawn before"
+                )
+            returns = (return_trajectory, return_log_prob)
+            return self._replayed(model, x, guidance, generator, key, model_dtype, begin, returns)
 
         def source(row: int) -> dict[str, Any]:
             if noise is None:
@@ -128,14 +139,13 @@ class Sampler:
             return {"noise": noise(row)} if row < 0 or self.table.noisy[row] else {}
 
         loop = _Loop(self.table, model, x, guidance, model_dtype, begin, self._options, source)
-        trajectory = [x] if return_trajectory else []
+        gathered = _Gathered(x, return_trajectory, return_log_prob)
         for row in _shown(range(begin, len(self.table)), progress):
-            step = loop.step(row, denoised=callback is not None)
+            step = loop.step(row, denoised=callback is not None, log_prob=return_log_prob and self.table.noisy[row])
             if callback is not None:
                 callback(row, step)
-            if return_trajectory:
-                trajectory.append(step.sample)
-        return (loop.x, torch.stack(trajectory)) if return_trajectory else loop.x
+            gathered.add(step)
+        return _arranged(loop.x, *gathered.results())
 
     def _replayed(
         self,
@@ -146,16 +156,16 @@ class Sampler:
         key: Any,
         model_dtype: torch.dtype | None,
         begin: int,
-        return_trajectory: bool,
+        returns: tuple[bool, bool],
     ) -> Any:
         kept = (self.table, model, x.shape, x.stride(), x.dtype, x.device, guidance is not None, key is not None)
         # Numbers that a recording holds, and update_ may change.
         held = (_first_scale(self.table, begin), self.table.first_noise if begin == 0 else 0.0)
-        kept = (*kept, model_dtype, begin, return_trajectory, held)
+        kept = (*kept, model_dtype, begin, returns, held)
         if self._captured is None or self._captured.kept != kept:
             self._captured = None  # lets go of its memory first
             self._captured = _Captured(
-                kept, self.table, model, x, guidance, key, model_dtype, begin, self._options, return_trajectory
+                kept, self.table, model, x, guidance, key, model_dtype, begin, self._options, returns
             )
         return self._captured.replayed(x, guidance, generator, key)
 
@@ -163,6 +173,30 @@ class Sampler:
 def _first_scale(table: StepTable, begin: int) -> float:
     """What the input of the first call is multiplied by."""
     return table.first_input_scale if begin == 0 else float(table.to("cpu").coefficients[begin - 1, -1])
+
+
+class _Gathered:
+    """What a loop returns beside the last sample."""
+
+    def __init__(self, x: torch.Tensor, trajectory: bool, log_prob: bool) -> None:
+        self.samples = [x] if trajectory else None
+        self.log_probs: list[torch.Tensor] | None = [] if log_prob else None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._none = x.new_zeros(x.shape[0], dtype=wide) if log_prob else None
+
+    def add(self, step: SamplerStep) -> None:
+        if self.samples is not None:
+            self.samples.append(step.sample)
+        if self.log_probs is not None:
+            self.log_probs.append(self._none if step.log_prob is None else step.log_prob)
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return tuple(None if tensors is None else torch.stack(tensors) for tensors in (self.samples, self.log_probs))
+
+
+def _arranged(sample: torch.Tensor, *others: torch.Tensor | None) -> Any:
+    there = [t for t in others if t is not None]
+    return (sample, *there) if there else sample
 
 
 class _Loop:
@@ -228,7 +262,7 @@ class _Captured:
         model_dtype: torch.dtype | None,
         begin: int,
         options: dict[str, Any],
-        return_trajectory: bool,
+        returns: tuple[bool, bool],
     ) -> None:
         self.kept = kept
         self.x = x.clone()
@@ -240,13 +274,13 @@ class _Captured:
 
         source: dict[str, Any] = {"generator": self.state} if key is None else {"key": self.key}
 
-        def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+        def run() -> tuple[torch.Tensor | None, ...]:
             self.state.begin()
             loop = _Loop(table, model, self.x, self.guidance, model_dtype, begin, options, lambda row: source)
-            trajectory = [self.x]
+            gathered = _Gathered(self.x, *returns)
             for row in range(begin, len(table)):
-                trajectory.append(loop.step(row).sample)
-            return loop.x, torch.stack(trajectory) if return_trajectory else None
+                gathered.add(loop.step(row, log_prob=returns[1] and table.noisy[row]))
+            return loop.x, *gathered.results()
 
         side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
@@ -255,7 +289,7 @@ class _Captured:
         torch.cuda.current_stream(x.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self.graph, stream=side):
-            self.sample, self.trajectory = run()
+            self.results = run()
 
     def _set(self, x: torch.Tensor, guidance: Any, key: Any) -> None:
         self.x.copy_(x)
@@ -271,8 +305,7 @@ class _Captured:
         self._set(x, guidance, key)
         self.state.take(generator)
         self.graph.replay()
-        sample = self.sample.clone()
-        return sample if self.trajectory is None else (sample, self.trajectory.clone())
+        return _arranged(*(None if t is None else t.clone() for t in self.results))
 
 
 def _shown(rows: Sequence[int], progress: bool) -> Iterable[int]:

@@ -416,6 +416,16 @@ def test_captured_loop_is_the_loop_and_follows_changes(name, noise):
         recorded = sampler._captured
 
 
+def test_captured_loop_returns_log_probabilities():
+    sampler, x = pyperf_dl.Sampler(loops()["DDIM"](0.5)), drawn(3, 4, 16, 16, seed=2)
+    returns = {"return_trajectory": True, "return_log_prob": True}
+    for key in (3, 4):
+        eager, replayed = (sampler.sample(pull, x, key=key, capture=c, **returns) for c in (False, True))
+        assert all(map(torch.equal, eager, replayed))
+    with pytest.raises(ValueError, match="capture with return_log_prob needs key"):
+        sampler.sample(pull, x, capture=True, return_log_prob=True)
+
+
 def test_captured_loop_follows_another_scale_of_its_first_input():
     def table(largest, churn):
         schedule = pyperf_dl.NoiseSchedule.from_sigma_range(6, sigma_max=largest)

@@ -478,6 +478,35 @@ def test_sampler_is_the_loop_by_hand(name):
         assert bool((t == time).all())
 
 
+@pytest.mark.parametrize("source", [{"key": 5}, {"generator": 5}])
+@pytest.mark.parametrize("name", ["ddpm", "learned variance", "2M SDE", "ddim"])
+def test_a_loop_returns_log_probabilities(name, source):
+    table = TABLES[name]
+    how = {k: torch.Generator().manual_seed(v) if k == "generator" else v for k, v in source.items()}
+    outputs = iter(model_of(table))
+    sampler = Sampler(table, clip=2.0)
+    sample, trajectory, log_probs = sampler.sample(
+        lambda *_: next(outputs), normal(), return_trajectory=True, return_log_prob=True, **how
+    )
+    assert log_probs.shape == (len(table), 3)
+    if "generator" in source:
+        how["generator"].manual_seed(source["generator"])
+    outputs = iter(model_of(table))
+    assert torch.equal(sample, sampler.sample(lambda *_: next(outputs), normal(), **how))
+    history = ()
+    for row, (output, x, after) in enumerate(zip(model_of(table), trajectory, trajectory[1:], strict=False)):
+        noisy = {"log_prob": True, "target": after} if table.noisy[row] else {}
+        step = sampler_step(x, output, table, row, history=history, clip=2.0, **noisy)
+        history = step.history
+        if noisy:
+            torch.testing.assert_close(log_probs[row], step.log_prob, rtol=1e-5, atol=1e-3)
+        else:
+            assert not log_probs[row].any()
+    outputs = iter(model_of(table))
+    only = sampler.sample(lambda *_: next(outputs), normal(), return_log_prob=True, key=5)
+    assert [t.shape for t in only] == [sample.shape, log_probs.shape]
+
+
 def test_sampler_with_guidance():
     table = TABLES["flow"]
 
