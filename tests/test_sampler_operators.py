@@ -111,10 +111,11 @@ SHAPES = [(2, 3, 5, 7), (1, 4, 16, 16), (4, 129), (3, 1), (2, 4100), (0, 3), (1,
 
 
 def allowed(dtype, flags):
-    """In ulps. Noise of keys is made in float32, which is then what bounds a result."""
+    """In ulps. Noise of keys is made in float32, which is then what bounds a result: a normal is off by up to 7e-7 (in
+    40 million), and deviations here are up to 4."""
     if flags["noise"] != "key":
         return ULPS[dtype]
-    return 2**28 if dtype == torch.float64 else 4 * ULPS[dtype]
+    return 2**31 if dtype == torch.float64 else 4 * ULPS[dtype]
 
 
 @given(st.sampled_from(SHAPES), st.sampled_from(DTYPES), feature_sets(), st.integers(0, 2**20))
