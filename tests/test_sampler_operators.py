@@ -377,7 +377,13 @@ def test_adjustments_agree_with_reference(shape, dtype, uncond, per_sample, resc
     args = adjustment_arguments(args, rescale, quantile, largest)
     got, want = ops.sampler_adjustments(*args), linear.sampler_adjustments(*args)
     arithmetic = torch.float32 if dtype.itemsize == 2 else torch.float64
-    torch.testing.assert_close(got, want, rtol=64 * torch.finfo(arithmetic).eps, atol=0)
+    rtol = 16 * torch.finfo(arithmetic).eps
+    if uncond and rescale and args[0].numel():  # of elements that are nearly equal, a deviation is what rounding left
+        output, unconditional = (t.double().flatten(1) for t in args[1:3])
+        guidance = args[5][:, None] if per_sample else args[7]
+        guided = unconditional + guidance * (output - unconditional)
+        rtol *= max(float((t.abs().amax(1) / t.std(1)).max()) for t in (output, guided))
+    torch.testing.assert_close(got, want, rtol=rtol, atol=0)
 
 
 def test_adjustments_of_samples_of_one_element_or_none():
