@@ -81,8 +81,8 @@ def assert_near(got, want, ulps, size=1.0):
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
         if g.numel():
             bound = ulps * torch.finfo(g.dtype).eps * (w.double().abs() + size)
-            worst = ((g.double() - w.double()).abs() / bound).max().item()
-            assert worst <= 1, worst
+            off = torch.where(g == w, 0.0, (g.double() - w.double()).abs() / bound)  # infinite in float16 is the same
+            assert off.max().item() <= 1, off.max()
 
 
 # The arithmetic of 16 bits is float32, that of float32 float64: both round once. float64 rounds at each of 15 terms.
