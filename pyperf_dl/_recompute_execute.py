@@ -79,8 +79,8 @@ def frame_bytes(items: Sequence[Kept | Segment], own: Callable[[Segment], int]) 
 
 
 def depth_of(items: Sequence[Kept | Segment]) -> int:
-    """How many segments are within each other, and look at generators at a time; a selective one does so twice."""
-    return max((1 + i.selective + depth_of(i.items) for i in items if isinstance(i, Segment)), default=0)
+    """How many segments are within each other, and look at generators at a time; a selective one does so thrice."""
+    return max((1 + 2 * i.selective + depth_of(i.items) for i in items if isinstance(i, Segment)), default=0)
 
 
 class Executor:

@@ -110,8 +110,8 @@ class _Mode(TorchDispatchMode):
 
 class _Keep(_Mode):
     def run(self, call: tuple[str, int], function: Callable[[], Any]) -> Any:
-        if self.calls.total() > self.kept.most:
-            return function()
+        if self.calls.total() > self.kept.most or torch.is_inference_mode_enabled():
+            return function()  # tensors of inference do not tell whether they have been written to
         before = State((), self.kept.generators)
         output = function()
         if not before.drew():

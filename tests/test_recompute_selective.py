@@ -110,7 +110,32 @@ def test_the_peak_is_as_predicted_and_the_bits_are_the_same(name):
         # The profiler does not see that buffers which were there before are released, as those that are replaced.
         assert peak <= plan.predicted_peak + (4 * 1024 if name == "power" else 0)
         if not inside and some:
-            assert plan.predicted_peak <= (1.03 if name == "counts" else 1.01) * peak  # large buffers
+            assert plan.predicted_peak <= (1.04 if name == "counts" else 1.01) * peak  # large buffers
+
+
+class Gated(MLP):
+    """Its backward needs the last product too."""
+
+    def forward(self, x):
+        return x * self.down(F.gelu(self.up(x)))
+
+
+class Holds(nn.Sequential):
+    """The forward is the peak: it has a local variable."""
+
+    def forward(self, x):
+        local = torch.cat([x] * 50)
+        return super().forward(x + local[:1])
+
+
+def test_looks_at_generators_are_counted_where_the_last_output_is_kept():
+    case = stack(Gated)
+    case = case._replace(model=Holds(*case.model))
+    plan = selective_plan(case, measured_of(case))
+    step(case)
+    plan.apply()
+    peak = measured_peak(case)
+    assert peak <= plan.predicted_peak <= 1.01 * peak
 
 
 @pytest.mark.parametrize("name", ["gpt", "resnet"])
@@ -275,6 +300,15 @@ class Drawn(nn.Module):
         return x + F.dropout(self.down(F.dropout(y, 0.3)).tanh(), 0.3)
 
 
+class Inferred(Drawn):
+    """Holds tensors of inference, which have no version."""
+
+    def forward(self, x):
+        with torch.inference_mode():
+            scale = self.down(self.up(x)).sigmoid()
+        return x + scale.clone() * self.down(F.gelu(self.up(x)))
+
+
 class Dropped(Drawn):
     """As stochastic depth has it: what runs depends on random numbers and on a buffer, which changes at the end."""
 
@@ -311,6 +345,7 @@ BITS = {
     "resnet": lambda: resnet(size=8, depths=(2, 1, 1)),
     "power": lambda: power(layers=5),
     "drawn": lambda: stack(Drawn),
+    "inferred": lambda: stack(Inferred),
     "dropped": lambda: stack(Dropped, count=6),
     "in place": lambda: stack(InPlace),
 }
