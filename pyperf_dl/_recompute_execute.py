@@ -117,12 +117,13 @@ class Executor:
     ) -> None:
         self.modules, self.names, self.calls, self._outputs = tuple(modules), tuple(names), tuple(calls), tuple(outputs)
         self.buffers = [buffers_named(module, names) for module, names in zip(modules, buffers, strict=True)]
-        parameters = (p for module in modules for p in module.parameters())
-        device = next((p.device for p in parameters), torch.device("cpu"))
+        parameters = [p for module in self.modules for p in module.parameters()]
+        device = parameters[0].device if parameters else torch.device("cpu")
         self.generators, self.options = generators_of(device, generators), options
         self._operators, self._needed = frozenset(operators), needed
-        # Autocast holds what it cast of parameters until it is left. A module that comes again may have use for it.
-        self._forgets_casts = len(set(self.modules)) == len(self.modules)
+        # Autocast holds what it cast of parameters until it is left. For one that comes again that is used again: its
+        # gradients are summed before they are cast back.
+        self._forgets_casts = len(set(parameters)) == len(parameters)
         self._plain = {module: plain_call(module) for module in self.modules}
         self._before = {module: module._compiled_call_impl for module in self.modules}
         self._places: dict[nn.Module, list[int]] = {}

@@ -623,6 +623,17 @@ def test_a_plan_made_under_autocast():
     assert_same(plain, under_autocast(case))
 
 
+def test_blocks_that_share_a_parameter_under_autocast():
+    """Which casts it once, and sums the gradients of the copy."""
+    torch.manual_seed(0)
+    case = simple()._replace(model=nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))))
+    for block in case.model:
+        block.weight = case.model[0].weight
+    plain = under_autocast(case)
+    planned(case).apply()
+    assert_same(plain, under_autocast(case))
+
+
 # ---- exceptions ----
 
 
