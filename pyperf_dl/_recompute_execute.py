@@ -131,7 +131,6 @@ class Executor:
             self._places.setdefault(module, []).append(k)
         # What later blocks read of the first one's arguments.
         self._shared = {leaf.what for call in self.calls[1:] for leaf in call.leaves if leaf.source == "outer"}
-        self._outer: dict[int, Any] = {}
         self._items = {item.block if isinstance(item, Kept) else item.first: item for item in items}
         self.restart()
 
@@ -144,11 +143,22 @@ class Executor:
             module._compiled_call_impl = before
 
     def restart(self) -> None:
-        """Before a forward: the first block is next."""
+        """Before a forward, and behind it: the first block is next."""
         self._next = 0
         self._through = 0  # blocks below it have run
         self._result: Any = None  # of the last of them
         self._output: Any = None  # what the model got for the block before the next
+        self._outer: dict[int, Any] = {}  # of the first block's arguments
+
+    def end(self) -> None:
+        """Behind a forward, which may leave out the last blocks, but not get what a segment has run of them."""
+        at, through = self._next, self._through
+        self.restart()
+        if at < through:
+            raise RuntimeError(
+                f"recompute: blocks must be called in the order of the plan, got the end of the forward where "
+                f"{self.names[at]} is next; make a new plan"
+            )
 
     # ---- calls of the model ----
 
@@ -163,7 +173,7 @@ class Executor:
             raise
         self._next = k + 1
         if self._next == len(self.modules):
-            self._result, self._output, self._outer = None, None, {}
+            self.restart()
         return output
 
     def _place(self, module: nn.Module) -> int:

@@ -476,6 +476,9 @@ class Plan:
             signature = signature_of_call(args, kwargs, next(self._model.parameters()).device)
             if signature != self._signature and self._on_new_shapes != "keep":
                 self._renew(signature, args, kwargs)
+            output = self._plain_model(*args, **kwargs)
+            self._executor.end()
+            return output
         return self._plain_model(*args, **kwargs)
 
     def _renew(self, signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pyperf_dl import recompute
-from pyperf_dl._recompute_chain import Node
+from pyperf_dl._recompute_chain import Node, Schedule
 from pyperf_dl._recompute_execute import Executor, items_of
 from pyperf_dl._recompute_profile import job_of, measure
 
@@ -727,6 +727,67 @@ def test_an_exception_between_blocks():
 
 
 # ---- the model with a plan ----
+
+
+def test_a_forward_that_ends_within_a_segment_has_no_other_output():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.end = nn.ModuleList(linear_blocks()), None
+
+        def forward(self, x):
+            for layer in self.layers[: self.end]:
+                x = layer(x)
+            return x
+
+    case = simple()._replace(model=Model())
+    nodes = [Node(0, 6), Node(1, 6), Node(2, 6, 5), *(Node(k, 6) for k in (5, 6)), *(Node(k, 4) for k in (2, 3, 4))]
+    measured = measure(job_of(case.model, case.inputs, case.loss_fn))
+    line = recompute.simulate(measured.profile, nodes)
+    plan = recompute.Plan(case.model, measured, Schedule(tuple(nodes), line.peak, line.seconds), line.peak)
+    for end in (0, 1, 2, 3, 4, None):  # blocks 1, 2, 3 are a segment
+        case.model.end = end
+        seed(case)
+        plain = case.loss().detach()
+        plan.apply()
+        seed(case)
+        if end in (2, 3):
+            with pytest.raises(RuntimeError, match=rf"the end of the forward where layers\.{end} is next"):
+                case.loss()
+        else:
+            assert torch.equal(plain, case.loss())
+        plan.remove()
+
+
+def test_nothing_is_held_of_a_forward_with_an_exception():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Shifted(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            shift = x.exp()
+            for layer in self.layers:
+                x = layer(x, shift)
+            return x
+
+    class Shifted(nn.Linear):
+        fails = False
+
+        def forward(self, x, shift):
+            if self.fails:
+                raise ZeroDivisionError
+            return super().forward(x).tanh() + shift
+
+    case = simple()._replace(model=Model())
+    planned(case).apply()
+    shifts = []
+    case.model.layers[0].register_forward_pre_hook(lambda module, args: shifts.append(weakref.ref(args[1])))
+    case.model.layers[3].fails = True
+    with pytest.raises(ZeroDivisionError):
+        case.loss()
+    gc.collect()
+    assert shifts[0]() is None
 
 
 def test_nothing_of_a_step_is_held_afterwards():
