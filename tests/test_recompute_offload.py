@@ -48,9 +48,10 @@ def test_the_same_bits_within_the_budget(name, bandwidth):
         assert all(torch.equal(a, b) for a, b in zip(wanted, results(case), strict=True))
         peak = plan.profile.fixed_bytes + recompute.peak_memory(lambda: accumulate(case))
         plan.remove()
-        assert peak <= budget
+        assert peak <= budget, (fraction, peak / budget, plan.predicted_peak / budget, plan.schedule)
         assert plan.predicted_peak <= budget
-    assert "offload" in used
+    if bandwidth == 1e12:  # with the other, times that are measured decide
+        assert "offload" in used
 
 
 def test_a_fast_link_saves_what_recomputation_costs():
