@@ -175,14 +175,17 @@ def _transition_gradients(ctx, *grads):
     if ctx.targeted:
         grads[0] = None
     clips = linear.clips(n.low, n.high)
+    learned, drawn = (1 << _TENSORS.index(name) for name in ("variance", "noise"))
+    # Without noise, the variance is in the log-probability and its score alone.
+    by_step = wanted & ~learned if ctx.targeted and grads[-1] is None else wanted
 
     def pulled(of_next, of_denoised, of_kept, of_corrected, of_model_input, of_log_prob, wanted):
         if given["last"] and of_corrected is None:
             of_corrected = torch.zeros_like(x)
         empty = replicated_beside(x, torch.empty(0, dtype=ctx.dtypes[1], device=x.device))
         return _backward(
-            *(x if g is None else g for g in (of_next, of_denoised, of_kept, of_corrected)),
-            empty if of_model_input is None else of_model_input,
+            x if of_next is None else of_next,
+            *(empty if g is None else g for g in (of_denoised, of_kept, of_corrected, of_model_input)),
             x if clips else None, output, unconditional, variance, noise,
             of_log_prob, None if of_log_prob is None else score,
             n.table, n.step, n.guidance, n.key if ctx.learned else None, None,
@@ -191,13 +194,12 @@ def _transition_gradients(ctx, *grads):
             0 if of_model_input is None else n.copies, wanted, n.sample_dims,
         )  # fmt: skip
 
-    made = pulled(*grads, wanted)
-    gradients = [g if wanted >> k & 1 else None for k, g in enumerate(made)]
+    made = pulled(*grads, by_step)
+    gradients = [g if by_step >> k & 1 else None for k, g in enumerate(made)]
     if of_score is None:
         return (*gradients, None)
     # Of a gradient's gradient: score = (x' - mean) / deviation^2.
     spread = linear.deviation(x, variance, n.table, n.step, n.row, n.sample_dims)
-    learned, drawn = (1 << _TENSORS.index(name) for name in ("variance", "noise"))
     of_mean = wanted & ~learned & ~drawn
     more = pulled((-of_score / spread**2).to(x.dtype), None, None, None, None, None, of_mean)
     for k in range(len(_TENSORS)):
@@ -206,7 +208,8 @@ def _transition_gradients(ctx, *grads):
     if wanted & learned:
         slope = linear.log_deviation_slope(x, n.table, n.step, n.row, n.sample_dims)
         place = _TENSORS.index("variance")
-        gradients[place] = gradients[place] + (-2 * slope * score * of_score).to(variance.dtype)
+        of_variance = (-2 * slope * score * of_score).to(variance.dtype)
+        gradients[place] = of_variance if gradients[place] is None else gradients[place] + of_variance
     return (*gradients, None)
 
 

@@ -149,7 +149,7 @@ def sampler_step(
         transition = linear.sampler_transition if by_reference else operators.transition
         score = differentiated and not by_reference
         sample, d, combined, corrected, model_input, probability, _ = transition(
-            *tensors, target, *numbers, keeps_d, plan.combines, copies, score, 1
+            *tensors, None if target is None else target.detach(), *numbers, keeps_d, plan.combines, copies, score, 1
         )
         sample = sample if target is None else target
     else:

@@ -363,6 +363,16 @@ def test_log_prob_makes_the_model_input_of_the_sample():
     assert torch.equal(step.model_input, want.model_input)
 
 
+def test_a_target_is_a_constant_of_its_log_prob():
+    x, output, target = normal(), normal(1), normal(2).requires_grad_()
+    step = sampler_step(x, output, TABLES["ddpm"], 4, log_prob=True, target=target)
+    assert step.sample is target
+    assert not step.log_prob.requires_grad
+    output.requires_grad_()
+    step = sampler_step(x, output, TABLES["ddpm"], 4, log_prob=True, target=target)
+    assert torch.autograd.grad(step.log_prob.sum(), target, allow_unused=True) == (None,)
+
+
 def test_log_prob_with_noise_of_keys_in_forward_mode():
     table = TABLES["ddpm"]
     x, output, tangent = (normal(k, dtype=torch.float64) for k in range(3))
@@ -640,6 +650,7 @@ DISTRIBUTED = """
 import torch, torch.distributed as dist
 from pyperf_dl import NoiseSchedule, StepTable, sampler_step
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
@@ -663,6 +674,15 @@ for table, count in ((StepTable.unipc(schedule), 3), (StepTable.ddim(schedule), 
 sharded = sampler_step(distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(output, mesh, [Shard(0)]),
                        StepTable.ddpm(schedule), 4, key=3)
 assert torch.equal(sharded.sample.full_tensor(), sampler_step(x, output, StepTable.ddpm(schedule), 4, key=3).sample)
+results = []
+for place in (lambda t: distribute_tensor(t, mesh, [Shard(0)]), torch.clone):
+    leaves = [place(t).requires_grad_() for t in (x, output)]
+    target = place(uncond)
+    with CommDebugMode() as moved:
+        log_prob = sampler_step(*leaves, StepTable.ddpm(schedule), 4, log_prob=True, target=target).log_prob
+        results.append([log_prob, *torch.autograd.grad(log_prob.exp().sum(), leaves)])
+    assert moved.get_total_counts() == 0
+assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*results, strict=True))
 dist.destroy_process_group()
 print("sharded")
 """

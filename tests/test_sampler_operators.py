@@ -262,6 +262,14 @@ def test_gradients_of_transitions_agree_with_reference(shape, dtype, flags, targ
     assert_near(got, want, allowed(dtype, flags), size)
 
 
+def test_gradients_of_a_transition_without_dimensions():
+    batch = transition_arguments((1,), per_sample=False)
+    args = (*(None if t is None else t[0] for t in batch[:TENSORS]), *batch[TENSORS:-1], 0)
+    args = transition_backward_arguments(args)
+    got, want = ops.sampler_step_backward(*args), linear.sampler_step_backward(*args)
+    torch.testing.assert_close(got, want)
+
+
 def differentiable_transition(**flags):
     args = transition_arguments(**flags)
     there = [k for k in range(TENSORS) if args[k] is not None]
@@ -303,6 +311,28 @@ def test_only_what_is_asked_for_is_pulled_back():
     want = torch.autograd.grad(of(linear.sampler_transition)(*inputs)[5].sum(), inputs, allow_unused=True)
     for t, w in zip(inputs, want, strict=True):
         torch.testing.assert_close(t.grad, 2 * w)
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("variance", [False, True])
+def test_every_output_of_a_transition_may_be_pulled_back_alone(target, variance):
+    """As a learned variance matters to few of them."""
+    of, inputs = differentiable_transition(target=target, variance=variance)
+
+    def of_score(made):
+        first = torch.autograd.grad(made[5].sum(), inputs[:2], create_graph=True)
+        return sum(g.sin().sum() for g in first)
+
+    def derivatives(function):
+        made = of(function)(*inputs)
+        every = [*(t.sin().sum() for t in made if t.numel()), of_score(made)]
+        for one in every:
+            found = torch.autograd.grad(one, inputs, retain_graph=True, allow_unused=True)
+            for g, t in zip(found, inputs, strict=True):
+                yield torch.zeros_like(t) if g is None else g
+
+    for got, want in zip(derivatives(operators.transition), derivatives(linear.sampler_transition), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_forward_derivatives_of_transitions_are_refused():

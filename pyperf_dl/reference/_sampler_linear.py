@@ -114,7 +114,7 @@ def sampler_step_backward(
         of_sample = of_sample + c["input"] * grad_model_input.double().sum(max(sample_dims - 1, 0))
     of_next = of_sample
     if score is not None:
-        of_log_prob = grad_log_prob.double().reshape(*shape[:sample_dims], *[1] * (len(shape) - sample_dims))
+        of_log_prob = grad_log_prob.double().reshape([*shape[:sample_dims], *[1] * (len(shape) - sample_dims)])
         of_next = of_next + of_log_prob * score.double()
     of_kept = grad_kept.double() if keeps else torch.zeros_like(of_next)
     of_x = c["x"] * of_next + c["keep_x"] * of_kept
