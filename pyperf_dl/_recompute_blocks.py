@@ -62,11 +62,13 @@ def find_chain(model: nn.Module, run: Callable[[], Any], blocks: Blocks) -> Chai
     chains = recorder.runs()
     del result
     best = max(chains, key=lambda c: len(c.modules), default=Chain((), (), (), (), ()))
-    if len(best.modules) > 1 and (calls := recorder.calls_of(best.modules[0])) > best.modules.count(best.modules[0]):
+    again = [m for m in dict.fromkeys(best.modules) if recorder.calls_of(m) > best.modules.count(m)]
+    if len(best.modules) > 1 and again:
+        first, last = names[again[0]], names[again[-1]]
         raise ValueError(
-            f"{OP}: blocks {best.names[0]} to {best.names[-1]} are called {calls} times in one forward, by chains that "
-            "do not follow each other; call them once, with the inputs of all calls in one batch, or let one module "
-            "that makes all calls be a block"
+            f"{OP}: {f'block {first} is' if len(again) == 1 else f'blocks {first} to {last} are'} called "
+            f"{recorder.calls_of(again[0])} times in one forward, by chains that do not follow each other; call them "
+            "once, with the inputs of all calls in one batch, or let one module that makes all calls be a block"
         )
     if blocks is not None and recorder.problem:
         raise ValueError(f"{OP}: {recorder.problem}")

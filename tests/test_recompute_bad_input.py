@@ -65,6 +65,11 @@ class Siamese(Model):
         return super().forward(x) - super().forward(x.flip(0))
 
 
+class OnceMore(Model):
+    def forward(self, x):
+        return self.layers[1](super().forward(x) * 2)
+
+
 class Reads(Model):
     """Something between the blocks only looks at their outputs."""
 
@@ -176,6 +181,7 @@ CASES = {
     "held, by itself": (Kept, {}, ValueError, r"no two blocks of Kept follow each other.*used twice.*pass blocks"),
     "two chains of the same blocks": (Siamese, {}, ValueError, r"layers\.0 to layers\.3 are called 2 times in one"),
     "two named chains": (Siamese, {"blocks": "layers"}, ValueError, r"layers\.0 to layers\.3 are called 2 times in"),
+    "one of them once more": (OnceMore, {}, ValueError, r"block layers\.1 is called 2 times in one forward"),
     "operators between": (Glue, {"blocks": "layers"}, ValueError, r"layers\.0 and layers\.1 are not a chain: no"),
     "read between": (Reads, {"blocks": "layers"}, ValueError, r"layers\.0 is used twice.*outside of the blocks reads"),
     "changed between": (InPlaceBetween, {"blocks": "layers"}, ValueError, r"layers\.0 is used twice.*mul_"),
