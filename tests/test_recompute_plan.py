@@ -112,7 +112,10 @@ def test_the_peak_is_within_the_budget_and_as_predicted(name, record_property):
         record_property(f"predicted / peak at {fraction}", plan.predicted_peak / peak)
         assert peak <= budget + unseen, (fraction, peak / budget)
         assert plan.predicted_peak <= budget
-        assert abs(plan.predicted_peak / peak - 1) <= slack, (fraction, plan.predicted_peak / peak)
+        # What is set aside for states of generators is there at the peak only in part: more or less, by the schedule.
+        held = _held_bytes(measured, plan.schedule)
+        more = plan.predicted_peak - peak
+        assert -slack * peak <= more <= slack * peak + held, (fraction, plan.predicted_peak / peak)
 
 
 class Wide(nn.Module):
