@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from ._autograd import _are_functorch_transforms_active
 from ._recompute_calls import Call, Replay, buffers_named, flatten, generators_of, intercept, plain_call
@@ -257,15 +257,15 @@ class Executor:
         around: _Frame | None = None,
     ) -> Any:
         """around: the segment in which this one is."""
-        frame = _Frame(self, segment, previous, outer)
-        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": noop_context_fn}
+        contexts = contextlib.nullcontext(), contextlib.nullcontext()
         if segment.selective:
             k = segment.first
             kept = KeptOutputs(self._operators, self._needed[k], self.generators)
             if around is not None:  # when it runs again, that is for the backward of the segments of its first run
                 kept = around.kept.setdefault(k, kept)
-            how["context_fn"] = lambda: kept.contexts(around is None or around.again)
-        return checkpoint(frame, *frame.tensors(previous, outer), **how)
+            contexts = kept.contexts(around is None or around.again)
+        frame = _Frame(self, segment, previous, outer, contexts)
+        return checkpoint(frame, *frame.tensors(previous, outer), use_reentrant=False, preserve_rng_state=False)
 
     def run_items(
         self,
@@ -292,12 +292,19 @@ class Executor:
 
 class _Frame:
     """A segment as the function of a checkpoint, which is called once in the forward, and again for the backward: then
-    with the parameters, buffers and generators of the first time, and leaves them as they were before."""
+    with the parameters, buffers and generators of the first time, and leaves them as they were before.
+
+    contexts: in which the blocks run, and run again."""
 
     def __init__(
-        self, executor: Executor, segment: Segment, previous: Mapping[int, Any], outer: Mapping[int, Any]
+        self,
+        executor: Executor,
+        segment: Segment,
+        previous: Mapping[int, Any],
+        outer: Mapping[int, Any],
+        contexts: tuple[Any, Any],
     ) -> None:
-        self._executor, self._segment = executor, segment
+        self._executor, self._segment, self._contexts = executor, segment, contexts
         calls = executor.calls[segment.first : segment.end]
         read = {leaf.what for leaf in calls[0].leaves if leaf.source == "previous"}
         read_outer = {leaf.what for call in calls for leaf in call.leaves if leaf.source == "outer"}
@@ -323,7 +330,7 @@ class _Frame:
             self._tensors = self._current_tensors()
 
         def run() -> Any:
-            with _tensors_set(self._tensors):
+            with _tensors_set(self._tensors), self._contexts[self.again]:
                 return self._executor.run_items(self._segment.items, previous, outer, self)
 
         return self._replay(run)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from ._recompute_blocks import Blocks, Chain, find_chain
 from ._recompute_calls import (
@@ -502,19 +502,20 @@ class _CalledBlock:
     ) -> None:
         """Trained as a segment of its own, which may keep something. replay: runs it both times."""
         run = self._run
+        contexts = [contextlib.nullcontext()] if kept is None else [*kept.contexts()]
 
         def segment(*args: Any, **kwargs: Any) -> Any:
-            output = replay(lambda: run(*args, **kwargs))
+            context = contexts.pop(0) if len(contexts) > 1 else contexts[0]
+
+            def within() -> Any:
+                with context:
+                    return run(*args, **kwargs)
+
+            output = replay(within)
             torch.clear_autocast_cache()
             return output
 
-        self._run = functools.partial(
-            checkpoint,
-            segment,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=noop_context_fn if kept is None else kept.contexts,
-        )
+        self._run = functools.partial(checkpoint, segment, use_reentrant=False, preserve_rng_state=False)
         self.trained(phase, option=option)
         self._run = run
 

@@ -339,7 +339,7 @@ class InPlace(nn.Module):
         return x + self.down(F.gelu(y)).tanh()
 
 
-KEPT = (*operator_names("plan", True), "aten::bernoulli")
+KEPT = (*operator_names("plan", True), "aten::bernoulli", "aten::clone")  # segments make clones of buffers themselves
 BITS = {
     "gpt": lambda: gpt(dim=16, layers=4),
     "resnet": lambda: resnet(size=8, depths=(2, 1, 1)),
