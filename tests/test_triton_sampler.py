@@ -540,6 +540,15 @@ def test_what_native_operators_refuse_is_refused(launcher, message, change):
             torch.ops.pyperf_dl.sampler_step(*call.values())
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(4, dtype=torch.float64), torch.zeros(3)], ids=["dtype", "count"])
+def test_gradients_of_log_probabilities_are_checked(launcher, wrong):
+    call = transition_call(X, torch.float32, noise="given")
+    back = transition_backward_call(call, linear.sampler_transition(*call.values()))
+    launcher.sampler_step_backward(*on_device(back).values())
+    with pytest.raises(RuntimeError, match=r"^sampler_step_backward: grad_log_prob must be torch.float32 .* 4 samples"):
+        launcher.sampler_step_backward(*on_device({**back, "grad_log_prob": wrong}).values())
+
+
 # ---- processes that are not interpreted ----
 
 
@@ -637,6 +646,14 @@ def _compile_for(target):
         if dtype in (torch.bfloat16, torch.float64):
             launcher.sampler_noise(x, torch.tensor([1]), None, -1, 0, 1)
             launcher.sampler_step_backward(*backward_call(x, model_dtype, options).values())
+    for dtype, model_dtype, form in (
+        (torch.float16, torch.float16, "learned variance, keys"),
+        (torch.float32, torch.bfloat16, "corrected target"),
+        (torch.float64, torch.float64, "a row for each sample"),
+    ):
+        call = transition_call(torch.zeros(4, 5, 300, dtype=dtype), model_dtype, **TRANSITIONS[form])
+        made = launcher.sampler_transition(*call.values())
+        launcher.sampler_step_backward(*transition_backward_call(call, made).values())
     # A row and a draw are no part of what is compiled.
     found.clear()
     for row in (0, 1, 16, 2**40):

@@ -337,8 +337,14 @@ def sampler_step_backward(
     for what, (t, kind) in kinds.items():
         _check_operand(name, what, t, grad_next, kind)
     if grad_log_prob is not None:
-        rule = f"grad_log_prob must have one number for each of {of.layout.samples} samples"
-        _require(grad_log_prob.numel() == of.layout.samples, name, rule, list(grad_log_prob.shape))
+        met = grad_log_prob.dtype == _log_prob_dtype(grad_next) and grad_log_prob.device == grad_next.device
+        _require(
+            met and grad_log_prob.numel() == of.layout.samples,
+            name,
+            f"grad_log_prob must be {_log_prob_dtype(grad_next)} on {grad_next.device}, one for each of "
+            f"{of.layout.samples} samples",
+            f"{grad_log_prob.dtype} {list(grad_log_prob.shape)} on {grad_log_prob.device}",
+        )
         grad_log_prob = grad_log_prob.contiguous()
     _require((grad_log_prob is None) == (score is None), name, "score and grad_log_prob go together", "one of them")
     made = [
