@@ -82,6 +82,7 @@ class KeptOutputs:
 
 
 class _Mode(TorchDispatchMode):
+    run: Callable[[Any, tuple[str, int], Callable[[], Any]], Any]  # what becomes of a call of one of the operators
     supports_higher_order_operators = True
 
     @classmethod
@@ -103,9 +104,6 @@ class _Mode(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.calls[name] += 1
         return self.run((name, self.calls[name]), lambda: func(*args, **(kwargs or {})))
-
-    def run(self, call: tuple[str, int], function: Callable[[], Any]) -> Any:
-        raise NotImplementedError
 
 
 class _Keep(_Mode):

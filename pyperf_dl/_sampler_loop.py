@@ -12,6 +12,7 @@ from . import _checks
 from ._sampler_noise import GeneratorState, checked_generators, one_a_sample
 from ._sampler_step import DTYPES, SamplerStep, checked_key, first_noise, sampler_step
 from ._sampler_step_table import StepTable
+from .reference._sampler_linear import log_prob_dtype
 
 Model = Callable[..., torch.Tensor]
 
@@ -181,8 +182,7 @@ class _Gathered:
     def __init__(self, x: torch.Tensor, trajectory: bool, log_prob: bool) -> None:
         self.samples = [x] if trajectory else None
         self.log_probs: list[torch.Tensor] | None = [] if log_prob else None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self._none = x.new_zeros(x.shape[0], dtype=wide) if log_prob else None
+        self._none = x.new_zeros(x.shape[0], dtype=log_prob_dtype(x)) if log_prob else None
 
     def add(self, step: SamplerStep) -> None:
         if self.samples is not None:

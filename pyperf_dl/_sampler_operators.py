@@ -88,7 +88,7 @@ def _fake_step(x, output, unconditional, variance, h1, h2, h3, last, noise, *res
 def _fake_transition(*args):
     x, target, (*rest, score, sample_dims) = args[0], args[len(_TENSORS)], args[len(_TRANSITION_TENSORS) :]
     after, *others = _fake_step(*args[: len(_TENSORS)], *rest, sample_dims)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = linear.log_prob_dtype(x)
     return (
         after if target is None else x.new_empty(0),
         *others,

@@ -6,10 +6,6 @@
 
 #include "../math/sampler.h"
 
-// The type of log-probabilities.
-template <class T>
-using LogProb = std::conditional_t<sizeof(T) == 8, double, float>;
-
 // Operands of a run, T of samples and O of what the model makes and sees; null where there is none.
 template <class R, class T, class O>
 struct StepRun {
@@ -19,7 +15,7 @@ struct StepRun {
   T *next, *denoised, *kept, *corrected;
   O* model_input;
   R* densities;  // what log-probabilities are sums of
-  LogProb<T>* score;
+  sampler::LogProb<T>* score;
 };
 template <class R, class T, class O>
 struct GradientRun {
@@ -27,7 +23,7 @@ struct GradientRun {
   const O *output, *unconditional, *variance;
   const float* normals;
   const R* grad_model_input;  // summed over its copies
-  const LogProb<T>* score;
+  const sampler::LogProb<T>* score;
   R grad_log_prob;
   T *grad_x, *grad_h1, *grad_h2, *grad_h3, *grad_last, *grad_noise;
   O *grad_output, *grad_unconditional, *grad_variance;
@@ -282,7 +278,7 @@ void step_run(const sampler::StepCall& call, const StepWeights<R>& w, int64_t sa
   O* const model_input = static_cast<O*>(call.operand[kModelInput].data);
   if (model_input) o.model_input = model_input + call.model_input_at(sample, 0) + first;
   o.target = at_element<T>(call.target, sample, first), o.densities = densities;
-  o.score = at_element<LogProb<T>>(call.score, sample, first);
+  o.score = at_element<sampler::LogProb<T>>(call.score, sample, first);
 
   const bool plain = !o.h1 && !o.h2 && !o.h3 && !o.last && !o.noise && !o.normals && !o.denoised && !o.kept &&
                      !o.corrected && !o.model_input && !call.adjust && !densities;
@@ -331,8 +327,8 @@ void gradient_run(const sampler::StepCall& call, const StepWeights<R>& w, const 
   o.grad_h3 = of_input(kHistory3), o.grad_last = of_input(kLast), o.grad_noise = of_input(kNoise);
   o.grad_output = of_model_input(kOutput), o.grad_unconditional = of_model_input(kUnconditional);
   o.grad_variance = of_model_input(kVariance);
-  o.score = at_element<LogProb<T>>(call.score, sample, first);
-  if (o.score) o.grad_log_prob = R(static_cast<const LogProb<T>*>(grads.of_log_prob)[sample]);
+  o.score = at_element<sampler::LogProb<T>>(call.score, sample, first);
+  if (o.score) o.grad_log_prob = R(static_cast<const sampler::LogProb<T>*>(grads.of_log_prob)[sample]);
   const bool clips = call.clips();
   in_vectors<StepBlock<R>::kElements>(
       o, n, [&](const Run& run, int64_t count) { step_gradients(w, call.guided, clips, call.corrects, run, count); },
@@ -402,8 +398,9 @@ void step(const sampler::StepCall& call, double* partials, const Parallel& paral
                          partials[sample * pieces + first / sampler::kStepRun] =
                              ordered_sum(densities, n) + double(n) * math::log_normalizer(call, sample);
                      });
-    LogProb<T>* const sums = static_cast<LogProb<T>*>(call.log_prob);
-    for (int64_t s = 0; sums && s < call.samples; ++s) sums[s] = LogProb<T>(ordered_sum(partials + s * pieces, pieces));
+    sampler::LogProb<T>* const sums = static_cast<sampler::LogProb<T>*>(call.log_prob);
+    for (int64_t s = 0; sums && s < call.samples; ++s)
+      sums[s] = sampler::LogProb<T>(ordered_sum(partials + s * pieces, pieces));
   });
 }
 

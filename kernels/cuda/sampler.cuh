@@ -93,8 +93,6 @@ template <class T>
 using SampleVector = Neighbours<T, kWidth<T>>;
 template <class T, class O>
 using ModelVector = Neighbours<O, kWidth<T>>;
-template <class T>
-using LogProb = std::conditional_t<sizeof(T) == 8, double, float>;
 
 struct StepPlan {
   int64_t blocks;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/storage.h"
 
@@ -61,6 +62,10 @@ constexpr int kOutputs = kOperands - kInputs;
 
 constexpr int64_t kStepRun = 2048;  // elements of one sample, a CPU's unit of work; a multiple of every vector
 
+// Of log-probabilities and scores of samples in T.
+template <class T>
+using LogProb = std::conditional_t<sizeof(T) == 8, double, float>;
+
 // Operands are dense within a sample, `stride` elements from one to the next; null where they are not asked for.
 struct Elements {
   void* data;
@@ -97,7 +102,7 @@ struct StepCall {
   uint64_t seed, offset;
   int64_t threads;
 
-  // Of a transition: the log-probability of its samples, in float64 for such samples, else in float32.
+  // Of a transition: the log-probability of its samples.
   void* log_prob;   // [samples]; null where it is not asked for
   Elements target;  // samples it is of; null: the new ones
   Elements score;   // its gradient with respect to the mean, of its type; in a backward an input

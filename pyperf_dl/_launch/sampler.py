@@ -15,7 +15,7 @@ import triton.language as tl
 
 from pyperf_dl import _checks
 from pyperf_dl._triton import sampler as kernels
-from pyperf_dl.reference._sampler_linear import COLUMNS, clips
+from pyperf_dl.reference._sampler_linear import COLUMNS, clips, log_prob_dtype
 
 from . import common
 
@@ -255,10 +255,6 @@ def sampler_transition(
     )  # fmt: skip
 
 
-def _log_prob_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _stepped(
     name, given, table, step, guidance, key, state, adjust,
     row, guidance_scale, low, high, offset, denoised, keeps, copies, sample_dims, log_prob=False, score=False,
@@ -276,7 +272,7 @@ def _stepped(
     wanted = (target is None, denoised, keeps, last is not None)
     outputs = [of.layout.output(x, x.dtype) if w else None for w in wanted]
     outputs.append(of.layout.model_inputs(x, copies, output.dtype) if copies else None)
-    wide = _log_prob_dtype(x)
+    wide = log_prob_dtype(x)
     segments = triton.cdiv(of.layout.size, _lanes(of.layout.size, key is not None))
     partials = x.new_zeros(of.layout.samples, segments, dtype=torch.float64) if log_prob else None
     scores = of.layout.output(x, wide) if score else None
@@ -332,16 +328,16 @@ def sampler_step_backward(
         "unconditional": (unconditional, model_dtype),
         "variance": (variance, model_dtype),
         "noise": (noise, dtype),
-        "score": (score, _log_prob_dtype(grad_next)),
+        "score": (score, log_prob_dtype(grad_next)),
     }
     for what, (t, kind) in kinds.items():
         _check_operand(name, what, t, grad_next, kind)
     if grad_log_prob is not None:
-        met = grad_log_prob.dtype == _log_prob_dtype(grad_next) and grad_log_prob.device == grad_next.device
+        met = grad_log_prob.dtype == log_prob_dtype(grad_next) and grad_log_prob.device == grad_next.device
         _require(
             met and grad_log_prob.numel() == of.layout.samples,
             name,
-            f"grad_log_prob must be {_log_prob_dtype(grad_next)} on {grad_next.device}, one for each of "
+            f"grad_log_prob must be {log_prob_dtype(grad_next)} on {grad_next.device}, one for each of "
             f"{of.layout.samples} samples",
             f"{grad_log_prob.dtype} {list(grad_log_prob.shape)} on {grad_log_prob.device}",
         )

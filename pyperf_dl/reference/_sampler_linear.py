@@ -42,7 +42,7 @@ def sampler_transition(
     spread = deviation(x, variance, table, step, row, sample_dims)
     z = ((after if target is None else target).detach().double() - mean) / spread
     each = -z * z / 2 - torch.log(spread) - math.log(2 * math.pi) / 2
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = log_prob_dtype(x)
     return (
         after if target is None else x.new_empty(0),
         *others,
@@ -178,6 +178,11 @@ def log_deviation_slope(x, table, step, row, sample_dims) -> torch.Tensor:
     """How the logarithm of the deviation grows with a learned variance."""
     c = _coefficients(table, step, row, x.shape, sample_dims)
     return (c["log_large"] - c["log_small"]) / 4
+
+
+def log_prob_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of log-probabilities of samples as x, and of their scores."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def clips(low: float, high: float) -> bool:
